@@ -1,0 +1,163 @@
+//! The proxies that are compared, each started alone on its core in front of the same upstream.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::process::{self, Process};
+use crate::{KEY, Outcome, drive};
+
+/// How long nginx may take to listen, and the gateway to learn of its account (a second, by its promise).
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What every proxy is started from.
+pub struct Place<'a> {
+    /// A folder of its own for configuration, data and logs.
+    pub folder: &'a Path,
+    pub upstream: SocketAddr,
+    /// The core that is the proxy's alone.
+    pub core: Option<usize>,
+    /// The gateway's executable.
+    pub gateway: &'a Path,
+}
+
+/// A way to start a proxy.
+pub struct Kind {
+    pub name: &'static str,
+    start: fn(&Place) -> Outcome<(Process, SocketAddr)>,
+}
+
+/// In the order of the table's rows; the first is what the others are compared with.
+pub static KINDS: [Kind; 3] = [
+    Kind { name: "nginx", start: nginx },
+    Kind { name: "bare hyper", start: bare },
+    Kind { name: "gpt-cat", start: gateway },
+];
+
+/// A running proxy.
+pub struct Proxy {
+    pub address: SocketAddr,
+    pub process: Process,
+}
+
+impl Kind {
+    /// Starts it and waits until a request comes back through it.
+    pub async fn start(&self, place: &Place<'_>) -> Outcome<Proxy> {
+        let (process, address) = (self.start)(place)?;
+        let patience = Instant::now() + READY_TIMEOUT;
+        loop {
+            match drive::ask_once(address).await {
+                Ok(()) => return Ok(Proxy { address, process }),
+                Err(error) if Instant::now() > patience => return Err(format!("{}: {error}", self.name).into()),
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+    }
+}
+
+fn nginx(place: &Place) -> Outcome<(Process, SocketAddr)> {
+    // nginx cannot be asked which port it took; this one was free a moment ago.
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let folder = place.folder.join("nginx");
+    fs::create_dir_all(&folder)?;
+    let config = folder.join("nginx.conf");
+    fs::write(&config, nginx_config(&folder, address, place.upstream))?;
+    let mut command = process::pinned(Path::new("nginx"), place.core);
+    command.arg("-e").arg(folder.join("early.log")).arg("-p").arg(&folder).arg("-c").arg(&config);
+    let log = folder.join("stderr.log");
+    let process = process::start(command, &log)?;
+    let patience = Instant::now() + READY_TIMEOUT;
+    while TcpStream::connect(address).is_err() {
+        if Instant::now() > patience {
+            return Err(format!("nginx does not listen; its errors:\n{}", fs::read_to_string(&log)?).into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok((process, address))
+}
+
+fn nginx_config(folder: &Path, address: SocketAddr, upstream: SocketAddr) -> String {
+    let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|kind| format!("    {kind}_temp_path {}/{kind};\n", folder.display()))
+        .concat();
+    format!(
+        "daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ worker_connections 15000; }}
+http {{
+{temporary}    access_log off;
+    keepalive_requests 1000000000;
+    upstream mock {{ server {upstream}; keepalive 256; keepalive_requests 1000000000; }}
+    server {{
+        listen {address};
+        location / {{
+            proxy_pass http://mock;
+            proxy_http_version 1.1;
+            proxy_set_header Connection \"\";
+            proxy_buffering off;
+        }}
+    }}
+}}
+",
+        folder = folder.display()
+    )
+}
+
+fn bare(place: &Place) -> Outcome<(Process, SocketAddr)> {
+    let mut command = process::pinned(&std::env::current_exe()?, place.core);
+    command.arg("bare").arg(place.upstream.to_string());
+    process::start_listening(command, &place.folder.join("bare.log"))
+}
+
+fn gateway(place: &Place) -> Outcome<(Process, SocketAddr)> {
+    let folder = place.folder.join("gateway");
+    // A later start would not be a first one, and would not take the key.
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    let config = folder.join("gpt-cat.toml");
+    fs::write(&config, gateway_config(&folder, place.upstream))?;
+    let mut command = process::pinned(place.gateway, place.core);
+    command.arg("serve").arg("--config").arg(&config).current_dir(&folder).env("GPT_CAT_FIRST_KEY", KEY);
+    let started = process::start_listening(command, &folder.join("stderr.log"))?;
+    add_account(place.gateway, &config, &folder)?;
+    Ok(started)
+}
+
+fn gateway_config(folder: &Path, upstream: SocketAddr) -> String {
+    format!(
+        "database_url = \"sqlite:{folder}/gpt-cat.db\"
+[server]
+http = \"127.0.0.1:0\"
+workers = 1
+[admin]
+listen = \"off\"
+[ledger]
+first_balance = \"1000000.00\"
+[endpoints.mock]
+dialect = \"openai\"
+base_url = \"http://{upstream}/v1\"
+models = [\"gpt-4o\"]
+[models.\"gpt-4o\"]
+input = \"2.50\"
+output = \"10.00\"
+",
+        folder = folder.display()
+    )
+}
+
+fn add_account(program: &Path, config: &Path, folder: &Path) -> Outcome<()> {
+    let mut command = Command::new(program);
+    command.args(["account", "add", "--endpoint", "mock", "--name", "mock", "--key-env", "MOCK_KEY"]);
+    command.args(["--limit", "20000", "--config"]).arg(config).current_dir(folder).env("MOCK_KEY", "sk-mock");
+    let output = command.output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("gpt-cat account add: {}", String::from_utf8_lossy(&output.stderr)).into())
+}

@@ -1,0 +1,565 @@
+//! What was typed becomes what it means: every default beside its bounds, every mistake beside its key.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use toml::Value;
+
+use super::decimal::{NANO, parse_nano};
+use super::layers::{Places, Typed};
+use super::problem::{Errors, Place, Problem, below, item};
+use super::raw::{RawEndpoint, RawModel, RawServer, RawTitleCatch};
+use super::*;
+
+const KIB: i64 = 1024;
+const MIB: i64 = 1024 * KIB;
+const GIB: i64 = 1024 * MIB;
+const DAY_S: i64 = 24 * 60 * 60;
+
+/// Most items of one kind (endpoints, models, patterns, proxies): tables are walked, some of them for each request.
+const ITEMS_MAX: usize = 4096;
+
+/// Longest name of an endpoint, model or upstream model, in bytes.
+const NAME_BYTES_MAX: usize = 256;
+
+/// Longest text of a pattern, in bytes: every request is held against each.
+const PATTERN_BYTES_MAX: usize = 4096;
+
+/// Most tokens that a model may be said to take: far above any, far below where a cost could overflow.
+const TOKENS_MAX: i64 = 100_000_000;
+
+/// A model's context and longest answer where its entry says nothing.
+const CONTEXT_DEFAULT: u64 = 128_000;
+const MAX_OUTPUT_DEFAULT: u64 = 16_384;
+
+/// Where a dialect is spoken unless the endpoint says otherwise.
+const BASE_URLS: [(&str, &str); 2] =
+    [("openai", "https://api.openai.com/v1"), ("qianwen", "https://dashscope.aliyuncs.com/api/v1")];
+
+/// The dialect that answers by itself.
+const DEMO: &str = "demo";
+
+/// How the names of models begin whose reasoning is billed but not shown.
+const BILLS_UNSEEN: [&str; 4] = ["o1", "o3", "o4", "gpt-5"];
+
+/// Checks everything and reports all that is wrong at once.
+pub fn config(typed: Typed, dialects: &[&str]) -> Result<Config, Errors> {
+    let Typed { raw, places } = typed;
+    let mut check = Check { places, problems: Vec::new(), warnings: Vec::new() };
+    let c = &mut check;
+
+    let database_url = c.database_url(raw.database_url);
+    let data_dir = c.path("data_dir", raw.data_dir).unwrap_or_else(|| folder_of(&database_url));
+    let served = c.served(&raw.endpoints, &raw.models);
+    let config = Config {
+        currency: c.currency(raw.currency),
+        database_url,
+        data_dir,
+        language: c.choice("language", raw.language, &[("en", Language::En), ("zh", Language::Zh)]),
+        log: Log {
+            format: c.choice("log.format", raw.log.format, &[("text", LogFormat::Text), ("json", LogFormat::Json)]),
+            level: c.log_level(raw.log.level),
+            file: c.path("log.file", raw.log.file),
+        },
+        server: c.server(raw.server),
+        admin: Admin { listen: c.listen("admin.listen", raw.admin.listen, ADMIN_DEFAULT) },
+        commands: Commands {
+            enabled: raw.commands.enabled.unwrap_or(true),
+            prefix: c.command_prefix(raw.commands.prefix),
+        },
+        title_catch: c.title_catch(raw.title_catch, &served),
+        retry: Retry {
+            tries: c.number("retry.tries", raw.retry.tries, 3, 1..=RETRY_TRIES_MAX),
+            budget_s: c.number("retry.budget_s", raw.retry.budget_s, 60, 1..=600),
+            retry_after_timeout: raw.retry.retry_after_timeout.unwrap_or(false),
+        },
+        pool: PoolBounds {
+            concurrency: c.number("pool.concurrency", raw.pool.concurrency, 10, 1..=100_000),
+            queue_max: c.number("pool.queue_max", raw.pool.queue_max, 10_000, 0..=1_000_000),
+            queue_user_max: c.number("pool.queue_user_max", raw.pool.queue_user_max, 100, 0..=1_000_000),
+            queue_deadline_s: c.number("pool.queue_deadline_s", raw.pool.queue_deadline_s, 25, 1..=600),
+        },
+        upstream: {
+            let raw = raw.upstream;
+            UpstreamBounds {
+                connect_timeout_s: c.number("upstream.connect_timeout_s", raw.connect_timeout_s, 5, 1..=300),
+                first_byte_timeout_s: c.number(
+                    "upstream.first_byte_timeout_s",
+                    raw.first_byte_timeout_s,
+                    120,
+                    1..=DAY_S,
+                ),
+                answer_timeout_s: c.number("upstream.answer_timeout_s", raw.answer_timeout_s, 600, 1..=DAY_S),
+                silence_timeout_s: c.number("upstream.silence_timeout_s", raw.silence_timeout_s, 300, 1..=DAY_S),
+                total_timeout_s: c.number("upstream.total_timeout_s", raw.total_timeout_s, 3600, 1..=DAY_S),
+                answer_bytes_max: c.number("upstream.answer_bytes_max", raw.answer_bytes_max, 32 * MIB, KIB..=GIB),
+            }
+        },
+        ledger: Ledger {
+            on_low_balance: c.choice(
+                "ledger.on_low_balance",
+                raw.ledger.on_low_balance,
+                &[("clamp", LowBalance::Clamp), ("refuse", LowBalance::Refuse)],
+            ),
+            journal_bytes_max: c.number(
+                "ledger.journal_bytes_max",
+                raw.ledger.journal_bytes_max,
+                GIB,
+                16 * MIB..=1024 * GIB,
+            ),
+            first_balance_nano: c.amount("ledger.first_balance", raw.ledger.first_balance).unwrap_or(NANO),
+        },
+        endpoints: c.endpoints(raw.endpoints, dialects),
+        models: c.models(raw.models, &served),
+        warnings: Vec::new(),
+    };
+    c.listeners(&config);
+
+    match check.problems.is_empty() {
+        true => Ok(Config { warnings: check.warnings, ..config }),
+        false => Err(check.problems.into()),
+    }
+}
+
+/// Collects what is wrong. A check that refuses returns something of the right type, which is then thrown away.
+struct Check {
+    places: Places,
+    problems: Vec<Problem>,
+    warnings: Vec<String>,
+}
+
+/// A section or a group of keys each.
+impl Check {
+    fn currency(&mut self, typed: Option<String>) -> String {
+        let currency = typed.unwrap_or_else(|| "USD".to_owned());
+        if !(3..=8).contains(&currency.len()) || !currency.bytes().all(|byte| byte.is_ascii_alphabetic()) {
+            self.refuse("currency", format!("expected three to eight letters such as \"USD\", found {currency:?}"));
+        }
+        currency.to_ascii_uppercase()
+    }
+
+    fn database_url(&mut self, typed: Option<String>) -> DatabaseUrl {
+        let text = typed.as_deref().unwrap_or("sqlite:data/gpt-cat.db");
+        parse_database_url(text).unwrap_or_else(|what| {
+            self.refuse("database_url", what);
+            DatabaseUrl::Sqlite(PathBuf::new())
+        })
+    }
+
+    fn log_level(&mut self, typed: Option<String>) -> String {
+        const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+        let level = typed.unwrap_or_else(|| "info".to_owned());
+        let is_directive = |directive: &str| {
+            let (target, level) = directive.split_once('=').unwrap_or(("gpt_cat", directive));
+            let is_target = |byte: u8| byte.is_ascii_alphanumeric() || b"_:-".contains(&byte);
+            LEVELS.contains(&level) && !target.is_empty() && target.bytes().all(is_target)
+        };
+        if !level.split(',').all(is_directive) {
+            let levels = LEVELS.join(", ");
+            self.refuse(
+                "log.level",
+                format!("expected one of {levels}, or such as \"info,hyper=warn\", found {level:?}"),
+            );
+        }
+        level
+    }
+
+    fn server(&mut self, raw: RawServer) -> Server {
+        Server {
+            http: self.listen("server.http", raw.http, HTTP_DEFAULT),
+            https: self.listen("server.https", raw.https, HTTPS_DEFAULT),
+            tls_cert: self.path("server.tls_cert", raw.tls_cert).unwrap_or_else(|| "ssl/fullchain.pem".into()),
+            tls_key: self.path("server.tls_key", raw.tls_key).unwrap_or_else(|| "ssl/key.pem".into()),
+            workers: self.number("server.workers", raw.workers, 0, 0..=1024),
+            body_bytes_max: self.number("server.body_bytes_max", raw.body_bytes_max, 20 * MIB, KIB..=GIB),
+            head_timeout_s: self.number("server.head_timeout_s", raw.head_timeout_s, 10, 1..=600),
+            body_timeout_s: self.number("server.body_timeout_s", raw.body_timeout_s, 60, 1..=3600),
+            idle_timeout_s: self.number("server.idle_timeout_s", raw.idle_timeout_s, 75, 1..=3600),
+            write_timeout_s: self.number("server.write_timeout_s", raw.write_timeout_s, 60, 1..=3600),
+            keep_alive_s: self.number("server.keep_alive_s", raw.keep_alive_s, 15, 1..=300),
+            drain_s: self.number("server.drain_s", raw.drain_s, 30, 0..=3600),
+            connections_per_address: self.number(
+                "server.connections_per_address",
+                raw.connections_per_address,
+                1024,
+                0..=1_000_000,
+            ),
+            trusted_proxies: self.networks("server.trusted_proxies", raw.trusted_proxies),
+        }
+    }
+
+    /// Two listeners on one address would fail at the start, with less to go by.
+    fn listeners(&mut self, config: &Config) {
+        let (http, https, admin) = (config.server.http, config.server.https, config.admin.listen);
+        if http.is_none() && https.is_none() {
+            self.refuse("server.https", "expected an address, because server.http is \"off\" as well".to_owned());
+        }
+        let is_same = |one: Option<SocketAddr>, other| one == other && one.is_some_and(|address| address.port() != 0);
+        let pairs = [("server.https", https, "server.http", http), ("admin.listen", admin, "server.http", http)];
+        for (key, one, other_key, other) in pairs.into_iter().chain([("admin.listen", admin, "server.https", https)]) {
+            if is_same(one, other) {
+                self.refuse(key, format!("expected another address than that of {other_key}"));
+            }
+        }
+    }
+
+    fn command_prefix(&mut self, typed: Option<String>) -> String {
+        let prefix = typed.unwrap_or_else(|| "/".to_owned());
+        if !(1..=8).contains(&prefix.chars().count()) || prefix.contains(is_blank) {
+            self.refuse("commands.prefix", format!("expected one to eight characters, no blanks, found {prefix:?}"));
+        }
+        prefix
+    }
+
+    fn title_catch(&mut self, raw: RawTitleCatch, served: &BTreeSet<String>) -> TitleCatch {
+        const ROLES: [(&str, TitleRole); 3] =
+            [("last_user", TitleRole::LastUser), ("system", TitleRole::System), ("any", TitleRole::Any)];
+        self.served_model("title_catch.model", raw.model.as_deref(), served);
+        self.count("title_catch.patterns", raw.patterns.len());
+        let patterns = raw.patterns.into_iter().enumerate().map(|(index, raw)| {
+            let key = item("title_catch.patterns", index);
+            // The message is trimmed before it is compared, so a blank at the start would never match.
+            if raw.text.is_empty() || raw.text.starts_with(is_blank) || raw.text.len() > PATTERN_BYTES_MAX {
+                let what = format!("expected 1 to {PATTERN_BYTES_MAX} bytes that do not begin with a blank");
+                self.refuse(&below(&key, "text"), what);
+            }
+            self.served_model(&below(&key, "model"), raw.model.as_deref(), served);
+            TitlePattern {
+                whose: raw.whose,
+                role: self.choice(&below(&key, "role"), Some(raw.role), &ROLES),
+                anywhere: raw.anywhere,
+                text: raw.text,
+                model: raw.model,
+            }
+        });
+        TitleCatch { model: raw.model, patterns: patterns.collect() }
+    }
+
+    fn served_model(&mut self, key: &str, model: Option<&str>, served: &BTreeSet<String>) {
+        if let Some(model) = model.filter(|model| !served.contains(*model)) {
+            self.refuse(key, format!("expected a model that an endpoint serves, found {model:?}"));
+        }
+    }
+
+    /// All models that endpoints serve, each of which must have a price.
+    fn served(
+        &mut self,
+        endpoints: &BTreeMap<String, RawEndpoint>,
+        models: &BTreeMap<String, RawModel>,
+    ) -> BTreeSet<String> {
+        let mut served = BTreeSet::new();
+        for (name, endpoint) in endpoints {
+            let key = below("endpoints", name);
+            let listed = endpoint.models.iter().enumerate();
+            let listed = listed.map(|(index, model)| (item(&below(&key, "models"), index), model));
+            let mapped = endpoint.mapping.keys().map(|model| (below(&below(&key, "mapping"), model), model));
+            for (key, model) in listed.chain(mapped) {
+                self.name(&key, model);
+                if served.insert(model.clone()) && !models.contains_key(model) {
+                    let model = below("models", model);
+                    self.refuse(
+                        &key,
+                        format!(
+                            "serves a model without a price: expected [{model}] with input and output, or per_call"
+                        ),
+                    );
+                }
+            }
+        }
+        served
+    }
+
+    fn endpoints(&mut self, raw: BTreeMap<String, RawEndpoint>, dialects: &[&str]) -> BTreeMap<String, Endpoint> {
+        self.count("endpoints", raw.len());
+        raw.into_iter().map(|(name, raw)| (name.clone(), self.endpoint(name, raw, dialects))).collect()
+    }
+
+    fn endpoint(&mut self, name: String, raw: RawEndpoint, dialects: &[&str]) -> Endpoint {
+        let key = below("endpoints", &name);
+        self.name(&key, &name);
+        self.count(&below(&key, "models"), raw.models.len() + raw.mapping.len());
+        for (model, upstream) in &raw.mapping {
+            self.name(&below(&below(&key, "mapping"), model), upstream);
+        }
+        let mut seen = BTreeSet::new();
+        let models: Vec<String> = raw
+            .models
+            .into_iter()
+            .chain(raw.mapping.keys().cloned())
+            .filter(|model| seen.insert(model.clone()))
+            .collect();
+        if models.is_empty() {
+            self.warn(&key, "serves no model");
+        }
+        let dialect = self.dialect(&key, raw.dialect, dialects);
+        Endpoint {
+            base_url: self.base_url(&key, raw.base_url, &dialect),
+            dialect,
+            models,
+            mapping: raw.mapping,
+            stream_options: raw.stream_options.unwrap_or(true),
+            on_disconnect: self.choice(
+                &below(&key, "on_disconnect"),
+                raw.on_disconnect,
+                &[("cancel", OnDisconnect::Cancel), ("drain", OnDisconnect::Drain)],
+            ),
+            name,
+        }
+    }
+
+    fn dialect(&mut self, endpoint: &str, typed: Option<String>, dialects: &[&str]) -> String {
+        match typed {
+            Some(dialect) if dialects.contains(&dialect.as_str()) => return dialect,
+            Some(dialect) => {
+                let what = format!("expected one of {}, found {dialect:?}", dialects.join(", "));
+                self.refuse(&below(endpoint, "dialect"), what);
+            }
+            None => self.refuse(endpoint, format!("expected a dialect, one of {}", dialects.join(", "))),
+        }
+        String::new()
+    }
+
+    fn base_url(&mut self, endpoint: &str, typed: Option<String>, dialect: &str) -> String {
+        let key = below(endpoint, "base_url");
+        match (typed, dialect) {
+            (Some(_), DEMO) => self.refuse(&key, "expected none: the dialect demo calls nobody".to_owned()),
+            (Some(text), _) => match parse_base_url(&text) {
+                Ok(url) => return url,
+                Err(what) => self.refuse(&key, what),
+            },
+            // An unknown dialect has been reported, and one without a usual URL needs to be told.
+            (None, "" | DEMO) => {}
+            (None, _) => match BASE_URLS.iter().find(|(known, _)| *known == dialect) {
+                Some((_, url)) => return (*url).to_owned(),
+                None => self.refuse(endpoint, format!("expected a base_url: the dialect {dialect} has no usual one")),
+            },
+        }
+        String::new()
+    }
+
+    fn models(&mut self, raw: BTreeMap<String, RawModel>, served: &BTreeSet<String>) -> BTreeMap<String, Model> {
+        self.count("models", raw.len());
+        let mut models = BTreeMap::new();
+        for (name, raw) in raw {
+            let key = below("models", &name);
+            let is_built_in = self.places.of(&key) == Place::BuiltIn;
+            match (served.contains(&name), is_built_in) {
+                // The prices that come with the program are there to be used, not to be explained away.
+                (false, true) => continue,
+                (false, false) => self.warn(&key, "has a price, but no endpoint serves it"),
+                (true, _) => {}
+            }
+            models.insert(name.clone(), self.model(&key, name, raw));
+        }
+        models
+    }
+
+    fn model(&mut self, key: &str, name: String, raw: RawModel) -> Model {
+        self.name(key, &name);
+        let bills_unseen = raw.bills_unseen.unwrap_or_else(|| is_known_to_bill_unseen(&name));
+        let tokens = 1..=TOKENS_MAX;
+        let context = self.number(&below(key, "context"), raw.context, CONTEXT_DEFAULT as i64, tokens.clone());
+        let usual = MAX_OUTPUT_DEFAULT.min(context) as i64;
+        let max_output = self.number(&below(key, "max_output"), raw.max_output, usual, tokens);
+        if max_output > context {
+            self.refuse(
+                &below(key, "max_output"),
+                format!("expected at most the context, {context}, found {max_output}"),
+            );
+        }
+        let price = [raw.input, raw.cached_input, raw.output, raw.per_call];
+        Model { price: self.price(key, price), name, context, max_output, bills_unseen }
+    }
+
+    fn price(&mut self, key: &str, typed: [Option<Value>; 4]) -> Price {
+        let given = typed.each_ref().map(Option::is_some);
+        let [input, cached_input, output, per_call] = typed;
+        let input = self.amount(&below(key, "input"), input).unwrap_or(0);
+        let cached_input = self.amount(&below(key, "cached_input"), cached_input).unwrap_or(input);
+        let output = self.amount(&below(key, "output"), output).unwrap_or(0);
+        let per_call = self.amount(&below(key, "per_call"), per_call).unwrap_or(0);
+        match given {
+            [true, _, true, false] | [false, false, false, true] => {}
+            [_, _, _, true] => {
+                self.refuse(&below(key, "per_call"), "expected no price for tokens beside it".to_owned());
+            }
+            _ => self.refuse(key, "expected a price: input and output, or per_call alone".to_owned()),
+        }
+        if cached_input > input {
+            self.warn(&below(key, "cached_input"), "is dearer than input");
+        }
+        Price { input_nano: input, cached_input_nano: cached_input, output_nano: output, per_call_nano: per_call }
+    }
+}
+
+/// A kind of value each.
+impl Check {
+    fn refuse(&mut self, key: &str, what: String) {
+        self.problems.push(Problem { place: self.places.of(key), key: key.to_owned(), what });
+    }
+
+    fn warn(&mut self, key: &str, what: &str) {
+        self.warnings.push(format!("{key} {what}"));
+    }
+
+    fn number<T: TryFrom<i64> + Default>(
+        &mut self,
+        key: &str,
+        typed: Option<i64>,
+        default: i64,
+        bounds: RangeInclusive<i64>,
+    ) -> T {
+        let number = typed.unwrap_or(default);
+        match T::try_from(number) {
+            Ok(number_as_t) if bounds.contains(&number) => number_as_t,
+            _ => {
+                self.refuse(key, format!("expected {} to {}, found {number}", bounds.start(), bounds.end()));
+                T::default()
+            }
+        }
+    }
+
+    /// The first of `all` is the default.
+    fn choice<T: Copy>(&mut self, key: &str, typed: Option<String>, all: &[(&str, T)]) -> T {
+        let Some(typed) = typed else { return all[0].1 };
+        match all.iter().find(|(name, _)| *name == typed) {
+            Some((_, choice)) => *choice,
+            None => {
+                let names: Vec<_> = all.iter().map(|(name, _)| *name).collect();
+                self.refuse(key, format!("expected one of {}, found {typed:?}", names.join(", ")));
+                all[0].1
+            }
+        }
+    }
+
+    fn listen(&mut self, key: &str, typed: Option<String>, default: SocketAddr) -> Option<SocketAddr> {
+        let Some(typed) = typed else { return Some(default) };
+        if typed == "off" {
+            return None;
+        }
+        let address = typed.parse().ok();
+        if address.is_none() {
+            let what = format!("expected an address and port such as \"{default}\", or \"off\", found {typed:?}");
+            self.refuse(key, what);
+        }
+        // A default, so that a mistake here is not taken for "off" as well.
+        Some(address.unwrap_or(SocketAddr::new(default.ip(), 0)))
+    }
+
+    fn networks(&mut self, key: &str, typed: Vec<String>) -> Vec<Network> {
+        self.count(key, typed.len());
+        let mut networks = Vec::new();
+        for (index, text) in typed.iter().enumerate() {
+            match text.parse() {
+                Ok(network) => networks.push(network),
+                Err(what) => self.refuse(&item(key, index), what),
+            }
+        }
+        networks
+    }
+
+    fn path(&mut self, key: &str, typed: Option<String>) -> Option<PathBuf> {
+        let path = typed?;
+        if path.is_empty() || path.contains('\0') {
+            self.refuse(key, format!("expected a path, found {path:?}"));
+        }
+        Some(path.into())
+    }
+
+    fn amount(&mut self, key: &str, typed: Option<Value>) -> Option<i64> {
+        let read = match typed? {
+            Value::String(text) => parse_nano(&text).map_err(|what| format!("{what}, found {text:?}")),
+            // A float cannot hold 0.15; what is printed here is the shortest text that reads back as it.
+            Value::Float(number) => Err(format!("expected a string, which is exact: write \"{number:?}\"")),
+            Value::Integer(number) => Err(format!("expected a string, which is exact: write \"{number}.00\"")),
+            other => Err(format!("expected a string such as \"2.50\", found {}", other.type_str())),
+        };
+        read.map_err(|what| self.refuse(key, what)).ok()
+    }
+
+    fn name(&mut self, key: &str, name: &str) {
+        if name.is_empty() || name.len() > NAME_BYTES_MAX || name.contains(is_blank) {
+            let what = format!("expected a name of 1 to {NAME_BYTES_MAX} bytes without blanks, found {name:?}");
+            self.refuse(key, what);
+        }
+    }
+
+    fn count(&mut self, key: &str, count: usize) {
+        if count > ITEMS_MAX {
+            self.refuse(key, format!("expected at most {ITEMS_MAX}, found {count}"));
+        }
+    }
+}
+
+fn is_blank(c: char) -> bool {
+    c.is_whitespace() || c.is_control()
+}
+
+/// Never repeats the text, which may hold a password.
+fn parse_database_url(text: &str) -> Result<DatabaseUrl, String> {
+    let expected = |found: &str| Err(format!("expected sqlite:<path> or postgres://<user>@<host>/<database>{found}"));
+    let Some((scheme, rest)) = text.split_once(':') else { return expected(", found no scheme") };
+    match (scheme, rest.strip_prefix("//")) {
+        ("sqlite", below) => match below.unwrap_or(rest) {
+            "" | ":memory:" => Err("expected the path of a file after sqlite:".to_owned()),
+            path if path.contains(['?', '#', '\0']) => Err("expected a path alone after sqlite:".to_owned()),
+            path => Ok(DatabaseUrl::Sqlite(path.into())),
+        },
+        ("postgres" | "postgresql", Some(rest)) if !rest.is_empty() && !rest.contains(is_blank) => {
+            Ok(DatabaseUrl::Postgres(Secret::new(text)))
+        }
+        ("postgres" | "postgresql", _) => expected(", found a part of it"),
+        _ => expected(", found another scheme"),
+    }
+}
+
+fn folder_of(database: &DatabaseUrl) -> PathBuf {
+    match database {
+        DatabaseUrl::Sqlite(path) => match path.parent() {
+            None => PathBuf::from("."),
+            Some(folder) if folder == Path::new("") => PathBuf::from("."),
+            Some(folder) => folder.to_owned(),
+        },
+        DatabaseUrl::Postgres(_) => PathBuf::from("data"),
+    }
+}
+
+/// Takes slashes off the end, and never repeats a text that holds credentials.
+fn parse_base_url(text: &str) -> Result<String, String> {
+    if text.contains('@') {
+        return Err("expected no user or password in it: keys belong to accounts".to_owned());
+    }
+    let expected = |what: &str| format!("expected {what}, such as \"https://api.openai.com/v1\", found {text:?}");
+    let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    let rest = rest.ok_or_else(|| expected("http:// or https://"))?;
+    if rest.contains(['?', '#']) {
+        return Err(expected("no query and no fragment"));
+    }
+    if !rest.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"<>\\^`{|}".contains(&byte)) {
+        return Err(expected("only characters that a URL may hold"));
+    }
+    if !is_authority(rest.split('/').next().unwrap_or_default()) {
+        return Err(expected("a host, and perhaps a port"));
+    }
+    Ok(text.trim_end_matches('/').to_owned())
+}
+
+/// `host`, `host:port`, `[v6]` or `[v6]:port`.
+fn is_authority(text: &str) -> bool {
+    let is_port = |port: &str| port.strip_prefix(':').is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0));
+    if let Some((address, port)) = text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        return address.parse::<Ipv6Addr>().is_ok() && (port.is_empty() || port.starts_with(':')) && is_port(port);
+    }
+    let (host, port) = text.split_at(text.find(':').unwrap_or(text.len()));
+    let is_host = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    !host.is_empty() && host.bytes().all(is_host) && is_port(port)
+}
+
+/// `o3`, `o3-mini`, `openai/gpt-5.1`, not `o30`.
+fn is_known_to_bill_unseen(model: &str) -> bool {
+    let name = model.rsplit('/').next().unwrap_or(model);
+    let rest = BILLS_UNSEEN.iter().find_map(|prefix| name.strip_prefix(prefix));
+    rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_digit()))
+}

@@ -1,0 +1,146 @@
+//! The file as it may be typed: every table and key that exists, nothing checked but its TOML type.
+//!
+//! Numbers are `i64` and choices are strings here, so that the checks (which know the bounds) word the error.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct Raw {
+    pub currency: Option<String>,
+    pub database_url: Option<String>,
+    pub data_dir: Option<String>,
+    pub language: Option<String>,
+    pub log: RawLog,
+    pub server: RawServer,
+    pub admin: RawAdmin,
+    pub commands: RawCommands,
+    pub title_catch: RawTitleCatch,
+    pub retry: RawRetry,
+    pub pool: RawPool,
+    pub upstream: RawUpstream,
+    pub ledger: RawLedger,
+    pub endpoints: BTreeMap<String, RawEndpoint>,
+    pub models: BTreeMap<String, RawModel>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawLog {
+    pub format: Option<String>,
+    pub level: Option<String>,
+    pub file: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawServer {
+    pub http: Option<String>,
+    pub https: Option<String>,
+    pub tls_cert: Option<String>,
+    pub tls_key: Option<String>,
+    pub workers: Option<i64>,
+    pub body_bytes_max: Option<i64>,
+    pub head_timeout_s: Option<i64>,
+    pub body_timeout_s: Option<i64>,
+    pub idle_timeout_s: Option<i64>,
+    pub write_timeout_s: Option<i64>,
+    pub keep_alive_s: Option<i64>,
+    pub drain_s: Option<i64>,
+    pub connections_per_address: Option<i64>,
+    pub trusted_proxies: Vec<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawAdmin {
+    pub listen: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawCommands {
+    pub enabled: Option<bool>,
+    pub prefix: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawTitleCatch {
+    pub model: Option<String>,
+    pub patterns: Vec<RawTitlePattern>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub struct RawTitlePattern {
+    pub whose: String,
+    pub role: String,
+    #[serde(default)]
+    pub anywhere: bool,
+    pub text: String,
+    #[serde(default)]
+    pub model: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawRetry {
+    pub tries: Option<i64>,
+    pub budget_s: Option<i64>,
+    pub retry_after_timeout: Option<bool>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawPool {
+    pub concurrency: Option<i64>,
+    pub queue_max: Option<i64>,
+    pub queue_user_max: Option<i64>,
+    pub queue_deadline_s: Option<i64>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawUpstream {
+    pub connect_timeout_s: Option<i64>,
+    pub first_byte_timeout_s: Option<i64>,
+    pub answer_timeout_s: Option<i64>,
+    pub silence_timeout_s: Option<i64>,
+    pub total_timeout_s: Option<i64>,
+    pub answer_bytes_max: Option<i64>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawLedger {
+    pub on_low_balance: Option<String>,
+    pub journal_bytes_max: Option<i64>,
+    pub first_balance: Option<toml::Value>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawEndpoint {
+    pub dialect: Option<String>,
+    pub base_url: Option<String>,
+    pub models: Vec<String>,
+    pub mapping: BTreeMap<String, String>,
+    pub stream_options: Option<bool>,
+    pub on_disconnect: Option<String>,
+}
+
+/// Prices are any value here, because an error about a float should say how to write it instead.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawModel {
+    pub input: Option<toml::Value>,
+    pub cached_input: Option<toml::Value>,
+    pub output: Option<toml::Value>,
+    pub per_call: Option<toml::Value>,
+    pub context: Option<i64>,
+    pub max_output: Option<i64>,
+    pub bills_unseen: Option<bool>,
+}

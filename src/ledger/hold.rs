@@ -1,0 +1,547 @@
+//! One call's money, from its hold to its line.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::journal::{Mark, Open, Place};
+use super::lease::{CallCount, Purse};
+use super::{Ledger, Tokens, cost_nano, output_affordable};
+use crate::catalog::Model;
+use crate::config::LowBalance;
+use crate::error::Error;
+use crate::meter::{self, Prompt, Usage, Vocabulary};
+use crate::request::Head;
+use crate::store::{Billed, EndReason, Line, now_ms};
+use crate::users::Key;
+
+/// Output tokens that a stream takes at a time once its first hold is used up.
+pub const SLICE_TOKENS: u64 = 256;
+/// A call without a bound of its own holds at least this much output.
+const OUTPUT_USUAL_MIN: u64 = 256;
+/// A clamped call starts only if it can say at least this much.
+const OUTPUT_CLAMPED_MIN: u64 = 16;
+/// CPU time that counting one prompt may take (design.md §6).
+const COUNT_BUDGET: Duration = Duration::from_millis(20);
+/// A longer prompt is counted on a blocking thread: at 20 MB/s this is below a millisecond.
+const COUNT_INLINE_BYTES_MAX: usize = 16 << 10;
+/// Usage is believed up to this far from the count: within half and double, give or take these tokens.
+const SANE_SLACK_TOKENS: u64 = 64;
+/// What a template or a provider's own system prompt may add to a prompt's bound.
+const PROMPT_SLACK_TOKENS: u64 = 2048;
+/// Bytes of text a token stands for, where a prompt has to be estimated without its text.
+const BYTES_PER_TOKEN: u64 = 4;
+/// Ids that a client sends are kept up to this length, so that a record stays within its bound.
+const CLIENT_ID_BYTES_MAX: usize = 128;
+
+/// What a call wants to hold for.
+#[derive(Debug)]
+pub struct Ask<'a> {
+    pub key: &'a Key,
+    pub model: &'a Arc<Model>,
+    /// The name that the client used.
+    pub model_asked: &'a str,
+    pub head: &'a Head,
+    pub body: &'a Bytes,
+    pub request_id: String,
+    pub client_request_id: Option<&'a str>,
+}
+
+/// How a call ended, as the relay saw it.
+#[derive(Debug)]
+pub struct Ended {
+    pub reason: EndReason,
+    /// The status that the client got.
+    pub status: u16,
+    pub usage: Option<Usage>,
+    /// The upstream gave a usage that cannot be believed.
+    pub usage_invalid: bool,
+    /// Output tokens that were handed over, as counted here.
+    pub output: u64,
+    /// The count is not exact.
+    pub estimated: bool,
+    /// Whether anything of the answer was handed over.
+    pub content: bool,
+}
+
+/// A call that is open: its hold, its place in the journal, its line so far.
+///
+/// Dropped without [`OpenLine::end`], it settles as a client that left, by what [`OpenLine::handed_over`] was told last.
+#[derive(Debug)]
+pub struct OpenLine {
+    ledger: Arc<Ledger>,
+    inner: Option<Box<Inner>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    purse: Arc<Purse>,
+    _count: CallCount,
+    place: Place,
+    line: Line,
+    model: Arc<Model>,
+    user: Arc<crate::users::User>,
+    habit: Arc<Habit>,
+    prompt: PromptText,
+    held: i64,
+    /// Output tokens that the hold pays for.
+    covered: u64,
+    sliceable: bool,
+    /// What `max_tokens` has to be set to, because the money covers no more.
+    clamp: Option<u64>,
+    /// The upstream was called: it may bill.
+    called: bool,
+    begun: Instant,
+    /// For a drop: what was handed over so far.
+    output: u64,
+    estimated: bool,
+    content: bool,
+}
+
+#[derive(Debug)]
+struct PromptText {
+    body: Bytes,
+    vocabulary: Vocabulary,
+    bound: u64,
+    counted: Option<Prompt>,
+    /// Parts whose tokens cannot be told from the body.
+    opaque: bool,
+}
+
+impl Ledger {
+    /// Holds money for a call and writes OPEN, before the upstream is called.
+    ///
+    /// Fails with 429 `insufficient_quota` when the money is not there, 429 when the user has too many calls open, 503
+    /// when this node cannot hold or write.
+    pub async fn open(self: &Arc<Ledger>, ask: Ask<'_>) -> Result<OpenLine, Error> {
+        if let Err(reason) = self.ready() {
+            return Err(Error::NodeUnavailable { reason, retry_after_s: 5 });
+        }
+        let (user, model) = (&ask.key.user, ask.model);
+        let group = user.group();
+        let purse = self.purse(user.id);
+        let (count, alone) =
+            CallCount::enter(&purse, group.concurrency).ok_or(Error::TooManyCalls { retry_after_s: 1 })?;
+        let habit = self.habit(&model.name);
+        let n = u64::from(ask.head.n);
+        let unseen = model.bills_unseen || habit.bills_unseen.load(Ordering::Relaxed);
+        let wanted = match ask.head.max_tokens {
+            Some(max_tokens) => max_tokens.min(model.max_output.max(1)),
+            None if unseen => model.max_output,
+            None => habit.usual_output(model.max_output),
+        }
+        .saturating_mul(n);
+
+        let cost = |input, output| cost_nano(&model.price, Tokens { input, cached_input: 0, output }, group.ratio_micro);
+        let mut prompt = PromptText::new(&ask, model);
+        let (mut held, mut covered, mut clamp) = (cost(prompt.bound, wanted), wanted, None);
+        if !self.cover(&purse, held).await? {
+            // The bound did not fit; the exact count may. Without even the smallest answer's money there is no need to count.
+            if purse.room() < cost(1, OUTPUT_CLAMPED_MIN.min(wanted)) {
+                return Err(Error::QuotaExceeded);
+            }
+            prompt.count().await;
+            let input = prompt.tokens();
+            held = cost(input, wanted);
+            if !self.cover(&purse, held).await? {
+                let money = purse.room();
+                let each = output_affordable(&model.price, input, money, group.ratio_micro) / n;
+                let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen;
+                if !clampable || each < OUTPUT_CLAMPED_MIN.min(wanted / n) {
+                    return Err(Error::QuotaExceeded);
+                }
+                covered = each.saturating_mul(n).min(wanted);
+                held = cost(input, covered);
+                clamp = Some(covered / n);
+                if !purse.take(held) {
+                    return Err(Error::QuotaExceeded);
+                }
+            }
+        }
+
+        let line = Line {
+            sequence: self.sequence.fetch_add(1, Ordering::Relaxed) + 1,
+            request_id: ask.request_id,
+            client_request_id: ask.client_request_id.map(bounded),
+            user_id: user.id,
+            key_id: ask.key.id,
+            ratio_micro: group.ratio_micro,
+            account_id: None,
+            endpoint: None,
+            model_asked: ask.model_asked.to_owned(),
+            model: model.name.clone(),
+            model_upstream: None,
+            price_version: model.price_version,
+            tier: 0,
+            input: 0,
+            cached_input: 0,
+            output: 0,
+            usage_input: None,
+            usage_cached: None,
+            usage_output: None,
+            usage_reasoning: None,
+            counted_input: None,
+            counted_output: None,
+            billed: Billed::Nothing,
+            calibration_micro: super::RATIO_ONE,
+            estimated: false,
+            flagged: false,
+            hold_nano: held,
+            charged_nano: 0,
+            absorbed_nano: 0,
+            started_ms: now_ms(),
+            content_after_ms: None,
+            duration_ms: 0,
+            end_reason: EndReason::Crashed,
+            status: 0,
+            tries: 0,
+        };
+        let open = Open { line, price: model.price };
+        let place = match self.journal.open(&open) {
+            Ok(place) => place,
+            Err(_) => {
+                purse.settle(held, 0);
+                return Err(Error::NodeUnavailable { reason: "its journal is full", retry_after_s: 5 });
+            }
+        };
+        self.open.fetch_add(1, Ordering::AcqRel);
+        let inner = Inner {
+            purse,
+            _count: count,
+            place,
+            line: open.line,
+            model: model.clone(),
+            user: user.clone(),
+            habit,
+            prompt,
+            held,
+            covered,
+            sliceable: !unseen && clamp.is_none(),
+            clamp,
+            called: false,
+            begun: Instant::now(),
+            output: 0,
+            estimated: false,
+            content: false,
+        };
+        Ok(OpenLine { ledger: self.clone(), inner: Some(Box::new(inner)) })
+    }
+}
+
+impl OpenLine {
+    fn inner(&self) -> &Inner {
+        self.inner.as_deref().expect("only `end` and `drop` take it, and both consume the line")
+    }
+
+    fn inner_mut(&mut self) -> &mut Inner {
+        self.inner.as_deref_mut().expect("only `end` and `drop` take it, and both consume the line")
+    }
+
+    /// What `max_tokens` has to be lowered to, because the money covers no more.
+    pub fn clamp(&self) -> Option<u64> {
+        self.inner().clamp
+    }
+
+    /// Notes a try: from here on the upstream may bill.
+    pub fn called(&mut self, account_id: Option<i64>, endpoint: &str, model_upstream: &str) {
+        let inner = self.inner_mut();
+        inner.called = true;
+        inner.line.tries += 1;
+        inner.line.account_id = account_id;
+        if inner.line.endpoint.as_deref() != Some(endpoint) {
+            inner.line.endpoint = Some(endpoint.to_owned());
+        }
+        inner.line.model_upstream =
+            (model_upstream != inner.line.model).then(|| model_upstream.to_owned());
+    }
+
+    /// Whether this much output is paid for by the hold.
+    pub fn covers(&self, output: u64) -> bool {
+        output <= self.inner().covered
+    }
+
+    /// Writes MARK: what a crash has to charge, before anything beyond it is handed over. False: nothing may be.
+    pub fn mark(&mut self, output: u64) -> bool {
+        let ledger = self.ledger.clone();
+        let inner = self.inner_mut();
+        if inner.line.content_after_ms.is_none() {
+            inner.line.content_after_ms = Some(elapsed_ms(inner.begun));
+        }
+        let mark = Mark {
+            input: inner.prompt.best_guess(),
+            output,
+            hold_nano: inner.held,
+            account_id: inner.line.account_id,
+        };
+        ledger.journal.mark(inner.line.sequence, &mark)
+    }
+
+    /// Takes a further slice from the room that there is, and writes MARK; false when there is none.
+    pub fn take_slice(&mut self, output: u64) -> bool {
+        let inner = self.inner_mut();
+        if !inner.may_slice() {
+            return false;
+        }
+        let amount = inner.slice_nano();
+        if !inner.purse.take(amount) {
+            return false;
+        }
+        inner.held += amount;
+        inner.covered += SLICE_TOKENS;
+        self.mark(output)
+    }
+
+    /// Asks the store for the next slice's money; [`OpenLine::take_slice`] has to be tried again after it.
+    pub fn slice_from_store(&self) -> impl Future<Output = ()> + Send + 'static {
+        let (ledger, inner) = (self.ledger.clone(), self.inner());
+        let (purse, amount, may) = (inner.purse.clone(), inner.slice_nano(), inner.may_slice());
+        async move {
+            if may && ledger.cover(&purse, amount).await.unwrap_or(false) {
+                purse.settle(amount, 0); // back into the room, for `take_slice`
+            }
+        }
+    }
+
+    /// Tells what a drop has to settle: output tokens handed over so far, and whether that count is exact.
+    pub fn handed_over(&mut self, output: u64, estimated: bool) {
+        let inner = self.inner_mut();
+        inner.output = output;
+        inner.estimated |= estimated;
+        inner.content = true;
+    }
+
+    /// Whether this end needs the prompt counted, and counting would take too long for a worker.
+    ///
+    /// Awaited before [`OpenLine::end`], it keeps the worker free; otherwise the end counts on the spot.
+    pub async fn prepare(&mut self, usage: Option<Usage>) {
+        let inner = self.inner_mut();
+        let has_usage = usage.is_some_and(|usage| usage.input <= inner.prompt.usage_bound());
+        if !has_usage && inner.prompt.is_long() {
+            inner.prompt.count().await;
+        }
+    }
+
+    /// Settles the call: END is in the kernel when this returns.
+    pub fn end(mut self, ended: Ended) {
+        if let Some(inner) = self.inner.take() {
+            inner.settle(&self.ledger, ended);
+        }
+    }
+}
+
+impl Drop for OpenLine {
+    fn drop(&mut self) {
+        let Some(mut inner) = self.inner.take() else { return };
+        let ended = Ended {
+            reason: EndReason::ClientGone,
+            status: 499, // nginx's number for a client that closed its request
+            usage: None,
+            usage_invalid: false,
+            output: inner.output,
+            estimated: inner.estimated,
+            content: inner.content,
+        };
+        let ledger = self.ledger.clone();
+        let counts = inner.content && inner.prompt.counted.is_none() && inner.prompt.is_long();
+        match tokio::runtime::Handle::try_current() {
+            // A hand-over: a worker must not count a long prompt in a drop.
+            Ok(runtime) if counts => drop(runtime.spawn_blocking(move || {
+                inner.prompt.count_here();
+                inner.settle(&ledger, ended);
+            })),
+            _ => inner.settle(&ledger, ended),
+        }
+    }
+}
+
+impl Inner {
+    fn may_slice(&self) -> bool {
+        self.sliceable && !self.user.is_frozen()
+    }
+
+    fn slice_nano(&self) -> i64 {
+        let tokens = Tokens { output: SLICE_TOKENS, ..Tokens::default() };
+        let per_call_free = crate::store::PriceRow { per_call_nano: 0, ..self.model.price };
+        cost_nano(&per_call_free, tokens, self.line.ratio_micro)
+    }
+
+    fn settle(mut self: Box<Self>, ledger: &Ledger, ended: Ended) {
+        self.fill_tokens(&ended);
+        let Inner { purse, line, model, held, called, begun, .. } = &mut *self;
+        line.hold_nano = *held;
+        line.status = ended.status;
+        line.end_reason = ended.reason;
+        line.duration_ms = elapsed_ms(*begun);
+        let tokens = Tokens { input: line.input, cached_input: line.cached_input, output: line.output };
+        let cost = match line.billed {
+            Billed::Nothing => 0,
+            _ => cost_nano(&model.price, tokens, line.ratio_micro),
+        };
+        line.charged_nano = purse.settle(*held, cost);
+        line.absorbed_nano = cost - line.charged_nano;
+        if line.billed == Billed::Nothing && *called && ended.reason == EndReason::ClientGone {
+            // The upstream may bill a call that we cancelled; the hold is the most that it can come to.
+            line.absorbed_nano = *held;
+            line.estimated = true;
+        }
+        if matches!(ended.reason, EndReason::Complete) && ended.content {
+            self.habit.note(self.line.output);
+        }
+        let Inner { line, place, _count, .. } = *self;
+        ledger.journal.end(place, line);
+        ledger.open.fetch_sub(1, Ordering::AcqRel);
+        ledger.ended.notify_waiters();
+    }
+
+    /// Decides what is billed: the upstream's usage when it is there and sane, the count otherwise, nothing without content.
+    fn fill_tokens(&mut self, ended: &Ended) {
+        let line = &mut self.line;
+        line.estimated = ended.estimated;
+        line.flagged = ended.usage_invalid;
+        line.counted_output = Some(ended.output);
+        if let Some(usage) = ended.usage {
+            line.usage_input = Some(usage.input);
+            line.usage_cached = Some(usage.cached_input);
+            line.usage_output = Some(usage.output);
+            line.usage_reasoning = Some(usage.reasoning);
+            if usage.reasoning > 0 && usage.output > ended.output.saturating_add(SANE_SLACK_TOKENS) {
+                self.habit.bills_unseen.store(true, Ordering::Relaxed);
+            }
+        }
+        if !ended.content {
+            return; // no content, no charge
+        }
+        match ended.usage.filter(|usage| is_sane(usage, &self.prompt, ended.output)) {
+            Some(usage) => {
+                line.billed = Billed::Usage;
+                (line.input, line.cached_input, line.output) = (usage.input, usage.cached_input, usage.output);
+            }
+            None => {
+                line.flagged |= ended.usage.is_some();
+                line.billed = Billed::Count;
+                self.prompt.count_here();
+                line.counted_input = Some(self.prompt.tokens());
+                (line.input, line.output) = (self.prompt.tokens(), ended.output);
+                line.estimated |= self.prompt.counted.is_some_and(|counted| counted.estimated);
+            }
+        }
+        if let Some(counted) = self.prompt.counted {
+            line.counted_input = Some(counted.tokens);
+        }
+    }
+}
+
+/// Design.md §4 (7): prompt within its bound, output within half and double of the count, unseen reasoning excepted.
+fn is_sane(usage: &Usage, prompt: &PromptText, counted: u64) -> bool {
+    let near = |output: u64| {
+        output.saturating_add(SANE_SLACK_TOKENS) >= counted / 2
+            && output <= counted.saturating_mul(2).saturating_add(SANE_SLACK_TOKENS)
+    };
+    let seen = usage.output.saturating_sub(usage.reasoning);
+    usage.input <= prompt.usage_bound()
+        && usage.cached_input <= usage.input
+        && usage.reasoning <= usage.output
+        && (near(usage.output) || near(seen))
+}
+
+impl PromptText {
+    fn new(ask: &Ask<'_>, model: &Model) -> PromptText {
+        let shape = ask.head.prompt;
+        let bytes = meter::prompt_bound(shape.text_bytes, shape.messages.into(), shape.images.into(), &model.name);
+        PromptText {
+            body: ask.body.clone(),
+            vocabulary: model.vocabulary,
+            bound: if shape.opaque { model.context } else { bytes.min(model.context) },
+            counted: None,
+            opaque: shape.opaque,
+        }
+    }
+
+    fn is_long(&self) -> bool {
+        self.counted.is_none() && self.body.len() > COUNT_INLINE_BYTES_MAX
+    }
+
+    /// What an upstream may claim at the most.
+    fn usage_bound(&self) -> u64 {
+        self.bound.saturating_add(PROMPT_SLACK_TOKENS)
+    }
+
+    async fn count(&mut self) {
+        if !self.is_long() {
+            return self.count_here();
+        }
+        let (body, vocabulary) = (self.body.clone(), self.vocabulary);
+        let counted = tokio::task::spawn_blocking(move || meter::count_prompt(&body, vocabulary, COUNT_BUDGET)).await;
+        self.counted = counted.ok();
+    }
+
+    fn count_here(&mut self) {
+        if self.counted.is_none() {
+            self.counted = Some(meter::count_prompt(&self.body, self.vocabulary, COUNT_BUDGET));
+        }
+    }
+
+    /// The count where there is one, else the bound.
+    fn tokens(&self) -> u64 {
+        match self.counted {
+            Some(counted) if self.opaque => counted.tokens.max(self.bound),
+            Some(counted) => counted.tokens.min(self.bound),
+            None => self.bound,
+        }
+    }
+
+    /// For a MARK: never more than the bound, and counting is not worth its time there.
+    fn best_guess(&self) -> u64 {
+        self.counted.map_or((self.bound / BYTES_PER_TOKEN).max(1), |counted| counted.tokens)
+    }
+}
+
+/// What a model usually answers, and whether its upstream was seen to bill what is not seen. Kept per node, in memory.
+#[derive(Debug, Default)]
+pub(super) struct Habit {
+    /// Calls by the bit length of their output.
+    lengths: [AtomicU64; Habit::LENGTHS],
+    pub bills_unseen: AtomicBool,
+}
+
+impl Habit {
+    const LENGTHS: usize = 32;
+    /// Calls that are remembered; at twice as many each count is halved, so that old habits fade.
+    const MEMORY: u64 = 512;
+
+    fn note(&self, output: u64) {
+        let length = (u64::BITS - output.leading_zeros()) as usize;
+        self.lengths[length.min(Self::LENGTHS - 1)].fetch_add(1, Ordering::Relaxed);
+        if self.calls() > 2 * Self::MEMORY {
+            for count in &self.lengths {
+                count.store(count.load(Ordering::Relaxed) / 2, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn calls(&self) -> u64 {
+        self.lengths.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
+    /// The 95th percentile of recent outputs, rounded up to a power of two, within [`OUTPUT_USUAL_MIN`] and `max_output`.
+    fn usual_output(&self, max_output: u64) -> u64 {
+        let rank = self.calls() * 95 / 100;
+        let mut seen = 0;
+        let length = self.lengths.iter().position(|count| {
+            seen += count.load(Ordering::Relaxed);
+            seen > rank
+        });
+        let usual = length.map_or(0, |length| 1u64 << length);
+        usual.max(OUTPUT_USUAL_MIN).min(max_output.max(1))
+    }
+}
+
+fn elapsed_ms(begun: Instant) -> u64 {
+    begun.elapsed().as_millis() as u64
+}
+
+fn bounded(id: &str) -> String {
+    id.chars().filter(|c| c.is_ascii_graphic()).take(CLIENT_ID_BYTES_MAX).collect()
+}

@@ -1,0 +1,220 @@
+//! The money that this node may hold from: one atomic a user, fed by leases from the store.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
+
+use tokio::sync::Mutex;
+
+use super::now_s;
+
+/// A grant ahead covers this much of the user's spending at its present rate.
+const AHEAD_S: i64 = 60;
+/// After this long without a call a user's room goes back to the store.
+const IDLE_S: u64 = 60;
+/// A refusal by the store is believed this long, so that a user without money costs no query a request.
+pub(super) const BROKE_MS: u64 = 200;
+
+/// One user's money on this node.
+///
+/// `room` = granted − returned − spent − held, and is never below zero: every taker compares before it takes.
+#[derive(Debug)]
+pub(super) struct Purse {
+    pub user_id: i64,
+    room: AtomicI64,
+    held: AtomicI64,
+    /// Calls that are open; the balance of a user without any may be taken whole by a clamped call.
+    pub calls: AtomicU32,
+    /// The lease's version as last read; held over a grant or return, so that these come one after the other.
+    pub lease: Mutex<LeaseState>,
+    /// Until when (milliseconds of the ledger's clock) the store need not be asked again.
+    pub broke_until_ms: AtomicU64,
+    spent_in_window: AtomicI64,
+    spent_before: AtomicI64,
+    window: AtomicU64,
+    used_s: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct LeaseState {
+    pub version: i64,
+    /// Granted − returned as this node has booked it into `room`.
+    pub granted_nano: i64,
+    /// The outcome of the last commit is unknown: the row has to be read before anything else.
+    pub unknown: bool,
+}
+
+impl Purse {
+    pub fn new(user_id: i64) -> Purse {
+        Purse {
+            user_id,
+            room: AtomicI64::new(0),
+            held: AtomicI64::new(0),
+            calls: AtomicU32::new(0),
+            lease: Mutex::default(),
+            broke_until_ms: AtomicU64::new(0),
+            spent_in_window: AtomicI64::new(0),
+            spent_before: AtomicI64::new(0),
+            window: AtomicU64::new(now_s() / AHEAD_S as u64),
+            used_s: AtomicU64::new(now_s()),
+        }
+    }
+
+    /// Holds exactly `amount`, or nothing.
+    pub fn take(&self, amount: i64) -> bool {
+        debug_assert!(amount >= 0);
+        let took = self.room.try_update(Ordering::AcqRel, Ordering::Acquire, |room| {
+            room.checked_sub(amount).filter(|left| *left >= 0)
+        });
+        if took.is_ok() {
+            self.held.fetch_add(amount, Ordering::AcqRel);
+        }
+        took.is_ok()
+    }
+
+    /// Holds what there is, at most `amount`; returns how much.
+    fn take_up_to(&self, amount: i64) -> i64 {
+        let took = |room: i64| room.min(amount).max(0);
+        let before = self.room.try_update(Ordering::AcqRel, Ordering::Acquire, |room| Some(room - took(room)));
+        let got = took(before.unwrap_or_else(|room| room));
+        self.held.fetch_add(got, Ordering::AcqRel);
+        got
+    }
+
+    /// Ends a hold: `min(cost, held + what room gives)` is spent, the rest of the hold becomes room. Returns the charge.
+    pub fn settle(&self, held: i64, cost: i64) -> i64 {
+        let held = if cost > held { held + self.take_up_to(cost - held) } else { held };
+        let charge = cost.min(held);
+        self.held.fetch_sub(held, Ordering::AcqRel);
+        self.room.fetch_add(held - charge, Ordering::AcqRel);
+        self.note_spent(charge);
+        charge
+    }
+
+    /// Money that came from the store.
+    pub fn granted(&self, amount: i64) {
+        self.room.fetch_add(amount, Ordering::AcqRel);
+    }
+
+    /// Takes all room out, to be given back to the store.
+    pub fn drain(&self) -> i64 {
+        self.room.swap(0, Ordering::AcqRel)
+    }
+
+    /// Room as of now.
+    pub fn room(&self) -> i64 {
+        self.room.load(Ordering::Acquire)
+    }
+
+    /// Leased and not spent: what the user still has on this node.
+    pub fn unspent(&self) -> i64 {
+        self.room.load(Ordering::Acquire) + self.held.load(Ordering::Acquire)
+    }
+
+    /// What a grant may bring beyond the need of the moment.
+    pub fn ahead_nano(&self) -> i64 {
+        self.turn_window();
+        self.spent_before.load(Ordering::Relaxed).max(self.spent_in_window.load(Ordering::Relaxed))
+    }
+
+    /// Whether no call has touched it for a while.
+    pub fn is_idle(&self) -> bool {
+        self.calls.load(Ordering::Acquire) == 0
+            && self.room() > 0
+            && now_s().saturating_sub(self.used_s.load(Ordering::Relaxed)) > IDLE_S
+    }
+
+    pub fn note_used(&self) {
+        self.used_s.store(now_s(), Ordering::Relaxed);
+    }
+
+    fn note_spent(&self, charge: i64) {
+        self.turn_window();
+        self.spent_in_window.fetch_add(charge, Ordering::Relaxed);
+        self.note_used();
+    }
+
+    /// Spending is kept per window of [`AHEAD_S`]; two racing turns lose at most one window's figure, which is an estimate.
+    fn turn_window(&self) {
+        let window = now_s() / AHEAD_S as u64;
+        let before = self.window.swap(window, Ordering::Relaxed);
+        if before != window {
+            let spent = self.spent_in_window.swap(0, Ordering::Relaxed);
+            self.spent_before.store(if before + 1 == window { spent } else { 0 }, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Counts an open call of a purse; the count ends with it.
+#[derive(Debug)]
+pub(super) struct CallCount(pub Arc<Purse>);
+
+impl CallCount {
+    /// Enters, unless `limit` calls are open; also says whether it is the only one.
+    pub fn enter(purse: &Arc<Purse>, limit: Option<u32>) -> Option<(CallCount, bool)> {
+        let limit = limit.unwrap_or(u32::MAX);
+        let before = purse
+            .calls
+            .try_update(Ordering::AcqRel, Ordering::Acquire, |calls| (calls < limit).then_some(calls + 1))
+            .ok()?;
+        Some((CallCount(purse.clone()), before == 0))
+    }
+}
+
+impl Drop for CallCount {
+    fn drop(&mut self) {
+        self.0.calls.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hold_takes_all_of_its_amount_or_nothing() {
+        let purse = Purse::new(1);
+        purse.granted(100);
+        assert!(!purse.take(101));
+        assert!(purse.take(100));
+        assert!(!purse.take(1));
+        assert_eq!(purse.room(), 0);
+    }
+
+    #[test]
+    fn settling_beyond_the_hold_takes_what_room_gives_and_no_more() {
+        let purse = Purse::new(1);
+        purse.granted(100);
+        assert!(purse.take(60));
+        assert_eq!(purse.settle(60, 500), 100);
+        assert_eq!((purse.room(), purse.unspent()), (0, 0));
+    }
+
+    #[test]
+    fn settling_below_the_hold_makes_room() {
+        let purse = Purse::new(1);
+        purse.granted(100);
+        assert!(purse.take(60));
+        assert_eq!(purse.settle(60, 10), 10);
+        assert_eq!((purse.room(), purse.unspent()), (90, 90));
+    }
+
+    #[test]
+    fn concurrent_holds_never_take_more_than_there_is() {
+        let purse = Purse::new(1);
+        purse.granted(10_000);
+        let taken = AtomicI64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for amount in 1..2000 {
+                        if purse.take(amount % 37) {
+                            taken.fetch_add(amount % 37, Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert!(purse.room() >= 0);
+        assert_eq!(purse.room() + taken.load(Ordering::Relaxed), 10_000);
+    }
+}

@@ -1,0 +1,398 @@
+//! Holds and charges money; nothing is lost.
+//!
+//! A call is admitted with [`Ledger::open`], which holds money and writes OPEN; the [`OpenLine`] that it returns is
+//! settled exactly once, by [`OpenLine::end`] or by its drop. The protocol is design.md §4b.
+
+mod hold;
+mod journal;
+mod lease;
+mod money;
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+use tokio::sync::Notify;
+
+pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS};
+use journal::Journal;
+use lease::{BROKE_MS, Purse};
+pub use money::{RATIO_ONE, Tokens, cost_nano, output_affordable};
+
+use crate::config::LowBalance;
+use crate::error::Error;
+use crate::store::{BootId, Line, LineCheck, PriceRow, Store, StoreError, random};
+
+/// A live boot says so this often.
+const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
+/// Finished lines reach the store this often, or sooner when many wait.
+const SHIP_EVERY: Duration = Duration::from_secs(1);
+/// Lines of one transaction.
+const SHIP_LINES: usize = 500;
+
+/// The books of this node.
+#[derive(Debug)]
+pub struct Ledger {
+    store: Store,
+    journal: Arc<Journal>,
+    boot: BootId,
+    sequence: AtomicU64,
+    purses: RwLock<HashMap<i64, Arc<Purse>>>,
+    habits: RwLock<HashMap<String, Arc<hold::Habit>>>,
+    on_low_balance: LowBalance,
+    /// Lines that are open.
+    open: AtomicU64,
+    ended: Notify,
+    /// Set when the boot is no longer live in the store, or the node drains: no more holds.
+    fenced: AtomicBool,
+}
+
+/// Why the ledger cannot start.
+#[derive(Debug)]
+pub enum StartError {
+    Store(StoreError),
+    Journal(io::Error),
+}
+
+impl std::fmt::Display for StartError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            StartError::Store(error) => write!(f, "{error}"),
+            StartError::Journal(error) => write!(f, "journal: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for StartError {}
+
+impl From<StoreError> for StartError {
+    fn from(error: StoreError) -> StartError {
+        StartError::Store(error)
+    }
+}
+
+impl From<io::Error> for StartError {
+    fn from(error: io::Error) -> StartError {
+        StartError::Journal(error)
+    }
+}
+
+impl Ledger {
+    /// Settles what earlier boots left in `journals`, then begins a boot of its own.
+    pub async fn start(
+        store: Store,
+        journals: &Path,
+        journal_bytes_max: u64,
+        on_low_balance: LowBalance,
+    ) -> Result<Arc<Ledger>, StartError> {
+        std::fs::create_dir_all(journals)?;
+        for dead in journal::dead_boots(journals)? {
+            settle_dead(&store, dead).await?;
+        }
+        let boot = random();
+        store.begin_boot(boot).await?;
+        let journal = Journal::create(journals, boot, journal_bytes_max)?;
+        let ledger = Arc::new(Ledger {
+            store,
+            journal,
+            boot,
+            sequence: AtomicU64::new(0),
+            purses: RwLock::default(),
+            habits: RwLock::default(),
+            on_low_balance,
+            open: AtomicU64::new(0),
+            ended: Notify::new(),
+            fenced: AtomicBool::new(false),
+        });
+        Ok(ledger)
+    }
+
+    /// Ships lines, says that the boot lives, and returns idle leases, until the returned future is dropped.
+    pub async fn keep(self: Arc<Ledger>) {
+        let mut ship = tokio::time::interval(SHIP_EVERY);
+        let mut heartbeat = tokio::time::interval(HEARTBEAT_EVERY);
+        ship.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = ship.tick() => self.ship_logged().await,
+                () = self.journal.lines_wait.notified() => self.ship_logged().await,
+                _ = heartbeat.tick() => {
+                    self.beat().await;
+                    self.return_idle().await;
+                }
+            }
+        }
+    }
+
+    /// Waits until every line has ended, at most `patience`; then ships, returns all leases and closes the boot.
+    pub async fn stop(&self, patience: Duration) -> Result<(), StoreError> {
+        let all_ended = async {
+            while self.open_lines() > 0 {
+                let ended = self.ended.notified();
+                if self.open_lines() > 0 {
+                    ended.await;
+                }
+            }
+        };
+        let settled = tokio::time::timeout(patience, all_ended).await.is_ok();
+        self.fenced.store(true, Ordering::Release);
+        while !self.journal.is_shipped() {
+            self.ship().await?;
+        }
+        if settled {
+            self.store.close_boot(self.boot).await?;
+        } else {
+            tracing::warn!(open = self.open_lines(), "calls were still open; the next start settles them");
+        }
+        self.journal.close(settled);
+        Ok(())
+    }
+
+    /// Lines that are open.
+    pub fn open_lines(&self) -> u64 {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Whether calls can be admitted, and what stands in the way.
+    pub fn ready(&self) -> Result<(), &'static str> {
+        if self.fenced.load(Ordering::Acquire) {
+            return Err("this node is fenced off from the store");
+        }
+        if self.journal.is_failed() {
+            return Err("the journal cannot be written");
+        }
+        Ok(())
+    }
+
+    /// What a user has: balance, what other boots hold, and what is unspent here.
+    pub async fn balance_nano(&self, user_id: i64) -> Result<i64, StoreError> {
+        let user = self.store.users(Some(user_id)).await?.pop().ok_or_else(|| StoreError::Absent("user".into()))?;
+        let own = self.store.lease(self.boot, user_id).await?;
+        let unspent = self.known_purse(user_id).map_or(0, |purse| purse.unspent());
+        Ok(own.balance_nano + user.leased_nano - own.amount_nano + unspent)
+    }
+
+    /// A balance changed in the store: ask it again at the next need.
+    pub fn balance_changed(&self, user_id: i64) {
+        if let Some(purse) = self.known_purse(user_id) {
+            purse.broke_until_ms.store(0, Ordering::Relaxed);
+        }
+    }
+
+    fn known_purse(&self, user_id: i64) -> Option<Arc<Purse>> {
+        self.purses.read().expect("no holder of this lock panics").get(&user_id).cloned()
+    }
+
+    fn purse(&self, user_id: i64) -> Arc<Purse> {
+        if let Some(purse) = self.known_purse(user_id) {
+            return purse;
+        }
+        let mut purses = self.purses.write().expect("no holder of this lock panics");
+        purses.entry(user_id).or_insert_with(|| Arc::new(Purse::new(user_id))).clone()
+    }
+
+    fn habit(&self, model: &str) -> Arc<hold::Habit> {
+        if let Some(habit) = self.habits.read().expect("no holder of this lock panics").get(model) {
+            return habit.clone();
+        }
+        self.habits.write().expect("no holder of this lock panics").entry(model.to_owned()).or_default().clone()
+    }
+
+    /// Holds `amount`, asking the store where room is short; false when the money is not there.
+    async fn cover(self: &Arc<Ledger>, purse: &Arc<Purse>, amount: i64) -> Result<bool, Error> {
+        if purse.take(amount) {
+            return Ok(true);
+        }
+        if self.ready().is_err() {
+            return Err(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 });
+        }
+        // A task of its own: a client that leaves must not leave a grant unbooked.
+        let (ledger, purse) = (self.clone(), purse.clone());
+        tokio::spawn(async move { ledger.refill_and_take(&purse, amount).await }).await.map_err(|_| Error::Internal)?
+    }
+
+    async fn refill_and_take(&self, purse: &Purse, amount: i64) -> Result<bool, Error> {
+        let mut lease = purse.lease.lock().await;
+        let unavailable = || Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 };
+        if lease.unknown {
+            let row = self.store.lease(self.boot, purse.user_id).await.map_err(|_| unavailable())?;
+            purse.granted(row.granted_nano - lease.granted_nano);
+            *lease = lease::LeaseState { version: row.version, granted_nano: row.granted_nano, unknown: false };
+        }
+        if purse.take(amount) {
+            return Ok(true); // another call's grant or settlement
+        }
+        let now_ms = now_ms();
+        if now_ms < purse.broke_until_ms.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let need = amount - purse.room();
+        match self.store.grant(self.boot, purse.user_id, need, purse.ahead_nano()).await {
+            Ok(row) => {
+                purse.granted(row.granted_nano - lease.granted_nano);
+                lease.version = row.version;
+                lease.granted_nano = row.granted_nano;
+                let took = purse.take(amount);
+                if !took {
+                    purse.broke_until_ms.store(now_ms + BROKE_MS, Ordering::Relaxed);
+                }
+                Ok(took)
+            }
+            Err(StoreError::BootGone) => {
+                self.fence();
+                Err(unavailable())
+            }
+            Err(error) => {
+                tracing::error!(%error, "a grant failed; its outcome is unknown until the lease is read again");
+                lease.unknown = true;
+                Err(unavailable())
+            }
+        }
+    }
+
+    async fn return_idle(&self) {
+        let idle: Vec<Arc<Purse>> = {
+            let purses = self.purses.read().expect("no holder of this lock panics");
+            purses.values().filter(|purse| purse.is_idle()).cloned().collect()
+        };
+        for purse in idle {
+            self.return_room(&purse).await;
+        }
+    }
+
+    async fn return_room(&self, purse: &Purse) {
+        let mut lease = purse.lease.lock().await;
+        if lease.unknown {
+            return; // the next refill reads the row first
+        }
+        let amount = purse.drain();
+        if amount == 0 {
+            return;
+        }
+        match self.store.give_back(self.boot, purse.user_id, amount, lease.version).await {
+            Ok(row) => {
+                lease.version = row.version;
+                lease.granted_nano -= amount;
+                debug_assert_eq!(lease.granted_nano, row.granted_nano);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a return failed; its outcome is unknown until the lease is read again");
+                // If it was not committed, the next read of the row books the amount as granted again.
+                lease.granted_nano -= amount;
+                lease.unknown = true;
+            }
+        }
+    }
+
+    async fn ship_logged(&self) {
+        if let Err(error) = self.ship().await {
+            tracing::error!(%error, "lines could not be shipped; they wait in the journal");
+        }
+    }
+
+    /// Ships what waits, a batch at a time.
+    async fn ship(&self) -> Result<(), StoreError> {
+        loop {
+            let (from, to, lines) =
+                self.journal.unshipped(SHIP_LINES).map_err(|error| StoreError::Database(error.to_string()))?;
+            if lines.is_empty() {
+                return Ok(());
+            }
+            match self.store.ship(self.boot, from, to, lines).await {
+                Ok(()) => {}
+                // An earlier commit went through although we were told that it failed.
+                Err(StoreError::Moved) if self.store.boot(self.boot).await?.is_some_and(|boot| boot.shipped == to) => {}
+                Err(error) => return Err(error),
+            }
+            self.journal.shipped(to);
+        }
+    }
+
+    async fn beat(&self) {
+        match self.store.heartbeat(self.boot).await {
+            Ok(()) => {}
+            Err(StoreError::BootGone) => self.fence(),
+            Err(error) => tracing::warn!(%error, "heartbeat failed"),
+        }
+    }
+
+    fn fence(&self) {
+        if !self.fenced.swap(true, Ordering::AcqRel) {
+            tracing::error!("this boot is no longer live in the store: no more calls until restart");
+        }
+    }
+}
+
+/// Stores what a dead boot's journal says, gives its leases back and forgets it.
+async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartError> {
+    let left = dead.read(|open, mark| {
+        let (price, ratio) = (open.price, open.line.ratio_micro);
+        let charged = mark.map_or(0, |mark| {
+            cost_nano(&price, Tokens { input: mark.input, cached_input: 0, output: mark.output }, ratio)
+        });
+        Line::crashed(open, mark, charged)
+    })?;
+    for (file, offset) in &left.corrupt {
+        tracing::error!(file = %file.display(), offset, "journal: a record does not read; what follows it was recovered");
+    }
+    let Some(boot) = store.boot(dead.boot).await? else {
+        tracing::error!(folder = %dead.folder.display(), "journal of a boot that the database does not know: left alone");
+        return Ok(());
+    };
+    let mut watermark = boot.shipped;
+    let ended: Vec<Line> =
+        left.ended.into_iter().filter(|(ordinal, _)| *ordinal > boot.shipped).map(|(_, line)| line).collect();
+    let (ended_count, crashed_count) = (ended.len(), left.crashed.len());
+    let lines: Vec<Line> = ended.into_iter().chain(left.crashed).collect();
+    for batch in lines.chunks(SHIP_LINES) {
+        let to = watermark + batch.len() as u64;
+        store.ship(dead.boot, watermark, to, batch.to_vec()).await?;
+        watermark = to;
+    }
+    store.close_boot(dead.boot).await?;
+    if ended_count + crashed_count > 0 {
+        tracing::warn!(ended = ended_count, crashed = crashed_count, "settled what an earlier process left behind");
+    }
+    dead.remove()?;
+    Ok(())
+}
+
+/// Recomputes a line from its tokens, price version and ratio; says what does not agree.
+pub static CHECK_LINE: LineCheck = check_line;
+
+fn check_line(line: &Line, price: &PriceRow) -> Option<String> {
+    use crate::store::Billed;
+    let tokens = Tokens { input: line.input, cached_input: line.cached_input, output: line.output };
+    let cost = cost_nano(price, tokens, line.ratio_micro);
+    let wrong = match line.billed {
+        Billed::Nothing => line.charged_nano != 0,
+        Billed::Hold => line.charged_nano > line.hold_nano,
+        Billed::Mark => line.charged_nano > cost,
+        Billed::Usage | Billed::Count => line.charged_nano > cost || line.charged_nano + line.absorbed_nano < cost,
+    };
+    wrong.then(|| {
+        format!(
+            "line {}: charged {} and absorbed {}, but its tokens cost {cost} (billed by {})",
+            line.request_id,
+            line.charged_nano,
+            line.absorbed_nano,
+            line.billed.name()
+        )
+    })
+}
+
+/// Milliseconds of a clock that only goes forward.
+fn now_ms() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
+}
+
+/// Seconds of the same clock.
+fn now_s() -> u64 {
+    now_ms() / 1000
+}

@@ -1,0 +1,242 @@
+//! Counts the tokens of one text that comes in deltas, exactly.
+//!
+//! Tokens join across deltas, so the counts of the deltas do not add up to the count of the text. What can be counted
+//! for good is every piece but the last two. Two, because text that is appended changes a piece only if the expression
+//! looked at the end of the text when it cut it: a run of white space at the end makes at most two pieces, o200k joins a
+//! contraction to the word before it ("don" + "'re"), and its upper-case and lower-case letters give back across two.
+
+use super::encoder::Encoder;
+use super::vocabulary::{OLD_TEXT_BYTES_MAX, Vocabulary};
+
+/// The new bytes after which the text is scanned. Each scan looks at the last two pieces again, a dozen bytes.
+const SCAN_BYTES: usize = 512;
+
+/// The longest that the last two pieces may get before they are counted as they stand, and the count is an estimate (one
+/// token may be cut in two): bounds memory, and what [`Running::total`] costs when a text has no end of a piece.
+const KEPT_BYTES_MAX: usize = 8 << 10;
+
+/// The buffer is given back to the allocator when it has grown beyond this.
+const BUFFER_BYTES_MAX: usize = 2 << 10;
+
+/// The samples from which a text is estimated that is too long to count: `SAMPLES` spread evenly, of `SAMPLE_BYTES`.
+const SAMPLES: usize = 4;
+const SAMPLE_BYTES: usize = 1 << 10;
+
+/// The exact count of one text over its deltas.
+#[derive(Debug)]
+pub struct Running {
+    vocabulary: Vocabulary,
+    committed: u64,
+    /// The text behind what is committed.
+    tail: String,
+    /// The tokens of the first `tail_counted` bytes of the tail.
+    tail_tokens: u64,
+    tail_counted: usize,
+    estimated: bool,
+}
+
+impl Running {
+    pub fn new(vocabulary: Vocabulary) -> Self {
+        Self { vocabulary, committed: 0, tail: String::new(), tail_tokens: 0, tail_counted: 0, estimated: false }
+    }
+
+    /// Adds a delta.
+    pub fn push(&mut self, text: &str) {
+        self.tail.push_str(text);
+        // No sooner than the kept bytes have doubled: the scans of a piece without end stay linear in its length.
+        if self.tail.len() - self.tail_counted >= self.tail_counted.max(SCAN_BYTES) {
+            self.scan();
+        }
+    }
+
+    /// Adds a delta that is too long to count.
+    pub(super) fn push_estimated(&mut self, text: &str) {
+        self.scan();
+        self.commit_tail();
+        self.committed += estimate(self.vocabulary, text);
+        self.estimated = true;
+    }
+
+    /// The tokens of the text so far. Costs a scan of what came since the last one, and of the two pieces kept.
+    pub fn total(&mut self) -> u64 {
+        if self.tail_counted < self.tail.len() {
+            self.scan();
+        }
+        self.committed + self.tail_tokens
+    }
+
+    /// A number that [`total`](Self::total) does not exceed: a token has at least one byte.
+    pub(super) fn at_most(&self) -> u64 {
+        self.committed + self.tail.len() as u64
+    }
+
+    /// Whether the total is not exact: a piece was too long to keep, or a delta too long to count.
+    pub fn is_estimated(&self) -> bool {
+        self.estimated
+    }
+
+    fn scan(&mut self) {
+        let settled = match self.vocabulary.encoder() {
+            Some(encoder) => settle(encoder, &self.tail),
+            None => settle_old(self.vocabulary, &self.tail),
+        };
+        self.estimated |= self.vocabulary.encoder().is_none() && self.tail.len() > OLD_TEXT_BYTES_MAX;
+        self.committed += settled.tokens;
+        self.tail.drain(..settled.bytes);
+        self.tail_tokens = settled.rest_tokens;
+        self.tail_counted = self.tail.len();
+        if self.tail.len() > KEPT_BYTES_MAX {
+            self.commit_tail();
+            self.estimated = true;
+        }
+        if self.tail.capacity() > BUFFER_BYTES_MAX {
+            self.tail.shrink_to(2 * SCAN_BYTES);
+        }
+    }
+
+    fn commit_tail(&mut self) {
+        self.committed += self.tail_tokens;
+        self.tail.clear();
+        self.tail_tokens = 0;
+        self.tail_counted = 0;
+    }
+}
+
+/// What of a text can be counted for good.
+struct Settled {
+    bytes: usize,
+    tokens: u64,
+    /// The tokens of the rest as it stands.
+    rest_tokens: u64,
+}
+
+fn settle(encoder: &Encoder, text: &str) -> Settled {
+    let mut settled = Settled { bytes: 0, tokens: 0, rest_tokens: 0 };
+    let (mut before_last, mut last) = (0, 0);
+    let mut kept = [0, 0];
+    while last < text.len() {
+        let end = encoder.piece_end(text, last);
+        settled.bytes = before_last;
+        settled.tokens += kept[0];
+        kept = [kept[1], encoder.piece_tokens(text, last, end)];
+        (before_last, last) = (last, end);
+    }
+    settled.rest_tokens = kept[0] + kept[1];
+    settled
+}
+
+/// The older expressions end a piece at the space between two words whatever follows, and begin one there.
+fn settle_old(vocabulary: Vocabulary, text: &str) -> Settled {
+    let between_words =
+        |bytes: &[u8]| bytes[0].is_ascii_alphabetic() && bytes[1] == b' ' && bytes[2].is_ascii_alphabetic();
+    let bytes = text.as_bytes().windows(3).rposition(between_words).map_or(0, |word_end| word_end + 1);
+    let (before, rest) = text.split_at(bytes);
+    Settled { bytes, tokens: vocabulary.count(before), rest_tokens: vocabulary.count(rest) }
+}
+
+/// The tokens of a long text by the tokens a byte of a few samples: within some percent for a text of one kind.
+fn estimate(vocabulary: Vocabulary, text: &str) -> u64 {
+    let (mut bytes, mut tokens) = (0, 0);
+    for sample in 0..SAMPLES {
+        let start = text.floor_char_boundary(text.len() / SAMPLES * sample);
+        let end = text.floor_char_boundary(start + SAMPLE_BYTES);
+        bytes += (end - start) as u64;
+        tokens += vocabulary.count(&text[start..end]);
+    }
+    (text.len() as u64 * tokens).div_ceil(bytes.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ALL: [Vocabulary; 4] = [Vocabulary::O200k, Vocabulary::Cl100k, Vocabulary::P50k, Vocabulary::R50k];
+
+    /// Feeds the text cut at every multiple of `step` characters and asks for the total after every `ask`th delta.
+    fn same_as_whole(vocabulary: Vocabulary, text: &str, step: usize, ask: usize) {
+        let mut running = Running::new(vocabulary);
+        let characters: Vec<char> = text.chars().collect();
+        let mut passed = String::new();
+        for (index, delta) in characters.chunks(step).enumerate() {
+            let delta: String = delta.iter().collect();
+            running.push(&delta);
+            passed.push_str(&delta);
+            if index % ask == 0 {
+                assert_eq!(running.total(), vocabulary.count(&passed), "{passed:?} in steps of {step}");
+            }
+        }
+        assert_eq!(running.total(), vocabulary.count(text), "{text:?} in steps of {step}");
+        assert!(!running.is_estimated());
+    }
+
+    #[test]
+    fn a_contraction_that_comes_late_joins_its_word() {
+        for vocabulary in ALL {
+            for text in [
+                "don't don'T we're WE'RE they'll",
+                "HELLOworld HelloWorld's iPhone'd",
+                "a\n\n \n  b   \r\n c",
+                "'''s 's'",
+            ] {
+                for step in 1..6 {
+                    same_as_whole(vocabulary, &text.repeat(60), step, 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_piece_without_end_is_counted_in_bounded_memory_and_marked() {
+        for unit in ["a", " ", "\n", "-", "中", "\u{1f600}"] {
+            let mut running = Running::new(Vocabulary::O200k);
+            let delta = unit.repeat(7);
+            let mut passed = String::new();
+            while passed.len() < 3 * KEPT_BYTES_MAX {
+                running.push(&delta);
+                passed.push_str(&delta);
+                assert!(running.tail.capacity() <= 4 * KEPT_BYTES_MAX);
+            }
+            let exact = Vocabulary::O200k.count(&passed);
+            assert!(running.is_estimated());
+            assert!(running.total().abs_diff(exact) <= 1 + exact / 100, "{unit:?}: {} for {exact}", running.total());
+        }
+    }
+
+    #[test]
+    fn a_long_delta_leaves_no_long_buffer() {
+        let mut running = Running::new(Vocabulary::O200k);
+        running.push(&"some words ".repeat(1400));
+        assert!(running.tail.capacity() <= BUFFER_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_sampled_estimate_survives_wide_characters_and_short_texts() {
+        for text in ["", "a", "\u{1f600}", &"\u{1f600}é".repeat(5000)] {
+            let exact = Vocabulary::O200k.count(text);
+            assert!(estimate(Vocabulary::O200k, text).abs_diff(exact) <= exact / 10 + 2);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(800))]
+
+        #[test]
+        fn the_total_is_that_of_the_whole_text_at_every_cut(
+            fragments in prop::collection::vec(prop_oneof![
+                4 => "[a-zA-Z]{1,9}",
+                3 => "[ \t\r\n]{1,5}",
+                1 => "[0-9]{1,5}",
+                1 => "[!-/:-@]{1,4}",
+                1 => prop::sample::select(vec!["'s", "'re", "'LL", "don't", "<|endoftext|>", "'ſ"]).prop_map(str::to_owned),
+                1 => "[\u{a0}\u{3000}éßſǅʰ中文\u{300}\u{1f600}٣]{1,3}",
+            ], 0..200),
+            vocabulary in prop::sample::select(ALL.to_vec()),
+            step in 1..40_usize,
+            ask in 1..30_usize,
+        ) {
+            same_as_whole(vocabulary, &fragments.concat(), step, ask);
+        }
+    }
+}

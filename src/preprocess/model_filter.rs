@@ -1,0 +1,18 @@
+//! Step `model_filter`: is there such a model, and may the user's group call it?
+
+use super::{Command, Draft, World};
+use crate::error::Error;
+
+pub(super) fn run(world: &World<'_>, draft: &mut Draft) -> Result<Option<Command>, Error> {
+    let (key, head) = draft.parts()?;
+    let name = draft.model_name.as_deref().unwrap_or(&head.model);
+    let forbidden = !key.user.group().allows(name);
+    match world.catalog.find(name) {
+        Some(_) if forbidden => Err(Error::ModelForbidden { model: name.to_owned() }),
+        Some(model) => {
+            draft.model = Some(model.clone());
+            Ok(None)
+        }
+        None => Err(Error::ModelUnknown { model: name.to_owned() }),
+    }
+}

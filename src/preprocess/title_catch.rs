@@ -1,0 +1,37 @@
+//! Step `title_catch`: what a front end asks behind its user's back goes to a cheap model.
+//!
+//! The prompts that are recognised are data in the configuration, and so is the model; without one the step is off.
+
+use super::{Command, Draft, World};
+use crate::config::{TitlePattern, TitleRole};
+use crate::error::Error;
+use crate::request::Head;
+
+pub(super) fn run(world: &World<'_>, draft: &mut Draft) -> Result<Option<Command>, Error> {
+    let (key, head) = draft.parts()?;
+    let rule = &world.config.title_catch;
+    let target = rule.patterns.iter().find_map(|pattern| {
+        let target = pattern.model.as_ref().or(rule.model.as_ref())?;
+        matches(pattern, head).then_some(target)
+    });
+    // Never to a model that the key may not use, or that nobody serves: the call then goes where it was meant to go.
+    if let Some(target) = target
+        && world.catalog.find(target).is_some()
+        && key.user.group().allows(target)
+    {
+        draft.model_name = Some(target.clone());
+    }
+    Ok(None)
+}
+
+fn matches(pattern: &TitlePattern, head: &Head) -> bool {
+    let found = |text: &str| match pattern.anywhere {
+        true => text.contains(&pattern.text),
+        false => text.trim_start().starts_with(&pattern.text),
+    };
+    match pattern.role {
+        TitleRole::LastUser => head.last_user.as_ref().is_some_and(|text| found(&text.start)),
+        TitleRole::System => head.system.as_ref().is_some_and(|text| found(&text.start)),
+        TitleRole::Any => head.starts.iter().any(found),
+    }
+}

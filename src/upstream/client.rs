@@ -1,0 +1,390 @@
+//! Talks HTTP to upstreams over pooled connections.
+//!
+//! An HTTP/1.1 connection has no task of its own: it is polled by the response body that it feeds, so a chunk costs one
+//! wake-up instead of two. What follows from that: an idle connection's close is seen only when it is used again, so a
+//! request is repeated once on a fresh connection when a pooled one closed before one byte of answer. HTTP/2 connections
+//! are shared and keep a task.
+
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::client::conn::{http1, http2};
+use hyper::{Request, Response, Uri};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
+use hyper_util::client::legacy::connect::{Connection as _, HttpConnector};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::service::TowerToHyperService;
+use smallvec::SmallVec;
+use tokio::net::TcpStream;
+
+/// Idle connections kept to one origin; more than a node's usual concurrency there is waste.
+const IDLE_PER_ORIGIN_MAX: usize = 512;
+/// Below the usual keep-alive of providers, so that a reused connection is rarely a closed one.
+const IDLE_MAX: Duration = Duration::from_secs(50);
+/// The head of an answer (design.md §6).
+const HEAD_BYTES_MAX: usize = 64 << 10;
+const HEADERS_MAX: usize = 100;
+
+type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
+
+/// A request body in pieces, written without joining them.
+#[derive(Clone, Debug, Default)]
+pub struct Pieces {
+    pieces: SmallVec<[Bytes; 9]>,
+    at: usize,
+}
+
+impl Pieces {
+    pub fn new(pieces: impl IntoIterator<Item = Bytes>) -> Pieces {
+        Pieces { pieces: pieces.into_iter().collect(), at: 0 }
+    }
+
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.pieces[self.at..].iter().map(Bytes::len).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.at == self.pieces.len()
+    }
+}
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let at = self.at;
+        match self.pieces.get_mut(at).map(std::mem::take) {
+            Some(piece) => {
+                self.at += 1;
+                Poll::Ready(Some(Ok(Frame::data(piece))))
+            }
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.len() as u64)
+    }
+}
+
+/// Why no answer came, or no more of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Broken {
+    /// No connection: nothing was sent.
+    Connect,
+    /// The connection ended before one byte of answer.
+    NoAnswer,
+    /// No head within the bound; the request was sent and may be billed.
+    FirstByte,
+    /// The answer broke off.
+    Cut,
+}
+
+/// Connections to every upstream.
+#[derive(Debug)]
+pub struct Client {
+    connector: HttpsConnector<HttpConnector>,
+    connect_timeout: Duration,
+    idle: Mutex<HashMap<Origin, Vec<Idle>>>,
+    shared: Mutex<HashMap<Origin, http2::SendRequest<Pieces>>>,
+}
+
+/// Scheme, host and port: what a connection can be reused for.
+type Origin = String;
+
+struct Idle {
+    line: Http1,
+    since: Instant,
+}
+
+impl std::fmt::Debug for Idle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Idle(since {:?})", self.since)
+    }
+}
+
+struct Http1 {
+    connection: http1::Connection<Io, Pieces>,
+    sender: http1::SendRequest<Pieces>,
+}
+
+/// An answer's body, and the connection that it comes over.
+pub enum Source {
+    Http1(Box<Http1Body>),
+    Http2(Incoming),
+    /// Made in this process.
+    Local(super::demo::Local),
+}
+
+/// Reads a body off a connection that it owns; gives the connection back when the body has ended.
+pub struct Http1Body {
+    line: Option<Http1>,
+    body: Incoming,
+    origin: Origin,
+    client: Arc<Client>,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Source::Http1(_) => "Source::Http1",
+            Source::Http2(_) => "Source::Http2",
+            Source::Local(_) => "Source::Local",
+        })
+    }
+}
+
+impl Client {
+    /// A client that trusts the system's certificates, and those of `SSL_CERT_FILE` where it is set.
+    pub fn new(connect_timeout: Duration) -> Result<Arc<Client>, std::io::Error> {
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(connect_timeout));
+        let connector = HttpsConnectorBuilder::new()
+            .with_provider_and_native_roots(tokio_rustls::rustls::crypto::ring::default_provider())?
+            .https_or_http()
+            .enable_all_versions()
+            .wrap_connector(tcp);
+        Ok(Arc::new(Client {
+            connector,
+            connect_timeout,
+            idle: Mutex::default(),
+            shared: Mutex::default(),
+        }))
+    }
+
+    /// Sends a request with an absolute URI; the head has to come within `first_byte`.
+    pub async fn send(
+        self: &Arc<Client>,
+        request: Request<Pieces>,
+        first_byte: Duration,
+    ) -> Result<Response<Source>, Broken> {
+        let origin = origin(request.uri());
+        let deadline = tokio::time::Instant::now() + first_byte;
+        let within = async {
+            if let Some(shared) = self.shared(&origin) {
+                return send_http2(shared, request).await;
+            }
+            // Once on a pooled connection; when it closed without a byte of answer, once on a fresh one.
+            while let Some(line) = self.take_idle(&origin) {
+                match self.send_http1(line, copy(&request), &origin).await {
+                    Err(Broken::NoAnswer) => continue,
+                    answer => return answer,
+                }
+            }
+            match self.connect(request.uri().clone(), &origin).await? {
+                Connected::Http1(line) => self.send_http1(line, request, &origin).await,
+                Connected::Http2(shared) => send_http2(shared, request).await,
+            }
+        };
+        tokio::time::timeout_at(deadline, within).await.unwrap_or(Err(Broken::FirstByte))
+    }
+
+    async fn connect(&self, uri: Uri, origin: &Origin) -> Result<Connected, Broken> {
+        let connecting = hyper::service::Service::call(&TowerToHyperService::new(self.connector.clone()), uri);
+        // TCP and TLS together.
+        let io = tokio::time::timeout(self.connect_timeout, connecting)
+            .await
+            .map_err(|_| Broken::Connect)?
+            .map_err(|_| Broken::Connect)?;
+        if io.connected().is_negotiated_h2() {
+            let (sender, connection) =
+                http2::handshake(TokioExecutor::new(), io).await.map_err(|_| Broken::Connect)?;
+            tokio::spawn(connection);
+            lock(&self.shared).insert(origin.clone(), sender.clone());
+            return Ok(Connected::Http2(sender));
+        }
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(HEAD_BYTES_MAX)
+            .max_headers(HEADERS_MAX)
+            .handshake(io)
+            .await
+            .map_err(|_| Broken::Connect)?;
+        Ok(Connected::Http1(Http1 { connection, sender }))
+    }
+
+    async fn send_http1(
+        self: &Arc<Client>,
+        mut line: Http1,
+        mut request: Request<Pieces>,
+        origin: &Origin,
+    ) -> Result<Response<Source>, Broken> {
+        // HTTP/1.1 wants the path alone.
+        let path = request.uri().path_and_query().cloned();
+        *request.uri_mut() = path.map_or_else(Uri::default, Uri::from);
+        let mut answer = pin!(line.sender.send_request(request));
+        let mut ended = false;
+        let head = poll_fn(|cx| {
+            // The connection does the work; whether it ended matters only if no answer came of it.
+            if !ended && Pin::new(&mut line.connection).poll(cx).is_ready() {
+                ended = true;
+            }
+            match answer.as_mut().poll(cx) {
+                Poll::Pending if ended => Poll::Ready(None),
+                Poll::Pending => Poll::Pending,
+                Poll::Ready(head) => Poll::Ready(Some(head)),
+            }
+        });
+        let head = head.await.ok_or(Broken::NoAnswer)?.map_err(|error| match error.is_parse() {
+            true => Broken::Cut,
+            false => Broken::NoAnswer,
+        })?;
+        let line = (!ended).then_some(line);
+        Ok(head.map(|body| {
+            Source::Http1(Box::new(Http1Body { line, body, origin: origin.clone(), client: self.clone() }))
+        }))
+    }
+
+    fn shared(&self, origin: &Origin) -> Option<http2::SendRequest<Pieces>> {
+        let mut shared = lock(&self.shared);
+        if shared.get(origin).is_some_and(|sender| sender.is_closed()) {
+            shared.remove(origin);
+        }
+        shared.get(origin).cloned()
+    }
+
+    fn take_idle(&self, origin: &Origin) -> Option<Http1> {
+        loop {
+            let mut idle = lock(&self.idle).get_mut(origin)?.pop()?;
+            if idle.since.elapsed() > IDLE_MAX {
+                lock(&self.idle).remove(origin); // the newest is too old, so all are
+                return None;
+            }
+            // Sees a close that the reactor has heard of; no system call otherwise.
+            let mut cx = Context::from_waker(Waker::noop());
+            if Pin::new(&mut idle.line.connection).poll(&mut cx).is_pending() && idle.line.sender.is_ready() {
+                return Some(idle.line);
+            }
+        }
+    }
+
+    fn put_idle(&self, origin: Origin, line: Http1) {
+        let mut idle = lock(&self.idle);
+        let lines = idle.entry(origin).or_default();
+        let stale = lines.iter().take_while(|idle| idle.since.elapsed() > IDLE_MAX).count();
+        lines.drain(..stale);
+        if lines.len() < IDLE_PER_ORIGIN_MAX {
+            lines.push(Idle { line, since: Instant::now() });
+        }
+    }
+}
+
+enum Connected {
+    Http1(Http1),
+    Http2(http2::SendRequest<Pieces>),
+}
+
+async fn send_http2(
+    mut shared: http2::SendRequest<Pieces>,
+    request: Request<Pieces>,
+) -> Result<Response<Source>, Broken> {
+    shared.ready().await.map_err(|_| Broken::NoAnswer)?;
+    let head = shared.send_request(request).await.map_err(|_| Broken::NoAnswer)?;
+    Ok(head.map(Source::Http2))
+}
+
+fn copy(request: &Request<Pieces>) -> Request<Pieces> {
+    let mut copy = Request::new(request.body().clone());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.headers_mut() = request.headers().clone();
+    copy
+}
+
+fn origin(uri: &Uri) -> Origin {
+    format!("{}://{}", uri.scheme_str().unwrap_or("http"), uri.authority().map_or("", |authority| authority.as_str()))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no holder of this lock panics")
+}
+
+impl Source {
+    /// The next chunk as it arrived; `None` at a clean end.
+    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+        match self {
+            Source::Http1(body) => body.poll_chunk(cx),
+            Source::Http2(body) => poll_data(body, cx),
+            Source::Local(local) => local.poll_chunk(cx).map(|chunk| chunk.map(Ok)),
+        }
+    }
+
+    /// The next chunk, for callers that are not polled themselves.
+    pub async fn chunk(&mut self) -> Option<Result<Bytes, Broken>> {
+        poll_fn(|cx| self.poll_chunk(cx)).await
+    }
+
+    /// Gives the connection back if the body has ended; what has not ended is closed.
+    pub fn finish(&mut self) {
+        if let Source::Http1(body) = self {
+            body.give_back();
+        }
+    }
+}
+
+impl Http1Body {
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+        loop {
+            if let Poll::Ready(data) = poll_data(&mut self.body, cx) {
+                if data.is_none() {
+                    self.give_back();
+                }
+                return Poll::Ready(data);
+            }
+            // Asking the body has told the connection that there is room for a chunk; now it may read one.
+            let Some(line) = &mut self.line else { return Poll::Ready(Some(Err(Broken::Cut))) };
+            if Pin::new(&mut line.connection).poll(cx).is_ready() {
+                self.line = None;
+                continue; // what was read before the end is still in the body
+            }
+            return match poll_data(&mut self.body, cx) {
+                Poll::Pending => Poll::Pending,
+                Poll::Ready(None) => {
+                    self.give_back();
+                    Poll::Ready(None)
+                }
+                ready => ready,
+            };
+        }
+    }
+
+    fn give_back(&mut self) {
+        let Some(mut line) = self.line.take() else { return };
+        // The connection learns here that the body is over.
+        let mut cx = Context::from_waker(Waker::noop());
+        if Pin::new(&mut line.connection).poll(&mut cx).is_pending() && line.sender.is_ready() {
+            self.client.put_idle(std::mem::take(&mut self.origin), line);
+        }
+    }
+}
+
+fn poll_data(body: &mut Incoming, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+    loop {
+        return match Pin::new(&mut *body).poll_frame(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Ready(Some(Err(_))) => Poll::Ready(Some(Err(Broken::Cut))),
+            Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                Ok(data) if data.is_empty() => continue,
+                Ok(data) => Poll::Ready(Some(Ok(data))),
+                Err(_) => continue, // trailers: nothing in them is for the client
+            },
+        };
+    }
+}

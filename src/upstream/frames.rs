@@ -1,0 +1,392 @@
+//! A streamed answer as frames: the bytes as they came, and what they mean.
+//!
+//! Nothing is copied: a frame is a span of the chunk that it arrived in, or the slices of several chunks. It is edited only
+//! where it must be: a mapped model's name back, and a usage chunk that the client did not ask for.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+use super::client::{Broken, Source};
+use super::openai::DONE;
+use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary};
+use crate::pool::Permit;
+use crate::sse::Parser;
+
+/// An incomplete frame waits for its end up to this size, then passes on as it comes.
+const FRAME_HELD_BYTES_MAX: usize = 64 << 10;
+/// Choices of one answer whose ends are kept apart: `n` is bounded by the same number.
+const CHOICES_MAX: usize = 128;
+
+thread_local! {
+    /// One for all streams of a worker: a stream itself keeps no scratch.
+    static READER: RefCell<Reader> = RefCell::new(Reader::new());
+}
+
+/// Where a frame's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the chunk at hand; spans that follow each other may be joined.
+    Span(Range<usize>),
+    /// In slices of several chunks, or around an edit.
+    Pieces(SmallVec<[Bytes; 4]>),
+    /// Nowhere: it is not for the client.
+    Removed,
+}
+
+/// One complete event of the stream, or a part of one that was too long to wait for.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    pub place: Place,
+    /// It carries something of the answer.
+    pub content: bool,
+    /// A choice ends here.
+    pub finish: bool,
+    /// The stream ends here.
+    pub done: bool,
+    /// The upstream failed within its stream.
+    pub failed: bool,
+}
+
+/// How a streamed answer is to be edited.
+#[derive(Clone, Debug)]
+pub struct Editing {
+    /// The name that the client knows the model by, where the upstream knows it by another.
+    pub model: Option<String>,
+    /// The client asked for the usage chunk.
+    pub keep_usage: bool,
+}
+
+/// Reads a source, frame by frame.
+#[derive(Debug)]
+pub struct Frames {
+    source: Source,
+    parser: Parser,
+    meter: Meter,
+    /// The model's name as a JSON string, where it has to be put back.
+    model: Option<Bytes>,
+    keep_usage: bool,
+    chunk: Bytes,
+    /// How far the chunk has been read, and how far its bytes have been given out.
+    read: usize,
+    given: usize,
+    /// The beginning of a frame that did not end in the chunk before.
+    held: SmallVec<[Bytes; 2]>,
+    held_bytes: usize,
+    /// The beginning of the present frame has been passed on already.
+    passing: bool,
+    /// Frames that were read before the client's head went out.
+    preamble: VecDeque<Frame>,
+    usage: Option<Usage>,
+    usage_invalid: bool,
+    finished: SmallVec<[u32; 1]>,
+    choices: usize,
+    done: bool,
+    ended: bool,
+    lost: bool,
+    /// Released when the connection is idle again, or closed.
+    permit: Option<Permit>,
+}
+
+impl Frames {
+    pub(super) fn new(source: Source, permit: Permit, vocabulary: Vocabulary, choices: u32, editing: Editing) -> Frames {
+        let model = editing.model.map(|name| serde_json::Value::from(name).to_string().into());
+        Frames {
+            source,
+            parser: Parser::new(),
+            meter: Meter::new(vocabulary),
+            model,
+            keep_usage: editing.keep_usage,
+            chunk: Bytes::new(),
+            read: 0,
+            given: 0,
+            held: SmallVec::new(),
+            held_bytes: 0,
+            passing: false,
+            preamble: VecDeque::new(),
+            usage: None,
+            usage_invalid: false,
+            finished: SmallVec::new(),
+            choices: choices as usize,
+            done: false,
+            ended: false,
+            lost: false,
+            permit: Some(permit),
+        }
+    }
+
+    /// The next frame of what has arrived; `None`: a further chunk is needed.
+    pub fn next_frame(&mut self) -> Option<Frame> {
+        if let Some(frame) = self.preamble.pop_front() {
+            return Some(frame);
+        }
+        self.next_read()
+    }
+
+    /// The bytes of a span of the chunk at hand.
+    pub fn slice(&self, span: Range<usize>) -> Bytes {
+        self.chunk.slice(span)
+    }
+
+    /// Reads the next chunk, once [`Frames::next_frame`] has given all of the last one; `None` at the clean end.
+    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<(), Broken>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        match self.source.poll_chunk(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok(chunk))) => {
+                self.chunk = chunk;
+                (self.read, self.given) = (0, 0);
+                Poll::Ready(Some(Ok(())))
+            }
+            Poll::Ready(Some(Err(broken))) => {
+                self.ended = true;
+                self.permit = None;
+                Poll::Ready(Some(Err(broken)))
+            }
+            Poll::Ready(None) => {
+                self.ended = true;
+                self.permit = None;
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    /// Reads until something of the answer has come, keeping all that comes before it; `Err` is a reason to try elsewhere.
+    pub(super) async fn until_content(&mut self) -> Result<(), Refusal> {
+        let mut kept_bytes = 0;
+        loop {
+            while let Some(mut frame) = self.next_read() {
+                if frame.failed {
+                    return Err(Refusal::Error);
+                }
+                let (content, done) = (frame.content, frame.done);
+                frame.place = match frame.place {
+                    Place::Span(span) => Place::Pieces(SmallVec::from_iter([self.slice(span)])),
+                    place => place,
+                };
+                if let Place::Pieces(pieces) = &frame.place {
+                    kept_bytes += pieces.iter().map(Bytes::len).sum::<usize>();
+                }
+                self.preamble.push_back(frame);
+                if content || kept_bytes > FRAME_HELD_BYTES_MAX {
+                    return Ok(());
+                }
+                if done {
+                    return Err(Refusal::Empty);
+                }
+            }
+            match std::future::poll_fn(|cx| self.poll_chunk(cx)).await {
+                Some(Ok(())) => {}
+                Some(Err(_)) => return Err(Refusal::Broken),
+                None => return Err(Refusal::Empty),
+            }
+        }
+    }
+
+    /// What an unterminated last event leaves: its bytes, and whether it was the end of the stream.
+    pub fn tail(&mut self) -> Option<Frame> {
+        let mut frame = Frame { place: Place::Removed, content: false, finish: false, done: false, failed: false };
+        if let Some(event) = self.parser.finish() {
+            let done = event.data == DONE;
+            let read = READER.with_borrow_mut(|reader| reader.read(event.data, &mut self.meter));
+            frame.done = done;
+            self.done |= done;
+            if let Some(chunk) = read {
+                frame.content = chunk.content;
+                frame.finish = !chunk.finished.is_empty();
+                frame.failed = chunk.error;
+                self.note(&chunk);
+            }
+        }
+        let pieces: SmallVec<[Bytes; 4]> = self.held.drain(..).collect();
+        self.held_bytes = 0;
+        if pieces.is_empty() {
+            return None;
+        }
+        frame.place = Place::Pieces(pieces);
+        Some(frame)
+    }
+
+    /// Whether the answer is whole: the dialect's terminator, or an end for every choice.
+    pub fn is_complete(&self) -> bool {
+        self.done || self.finished.len() >= self.choices
+    }
+
+    /// Whether a comment may be put before what comes next.
+    pub fn at_boundary(&self) -> bool {
+        self.held_bytes == 0 && !self.passing && self.given == self.chunk.len() && self.parser.at_boundary()
+    }
+
+    /// The upstream's own usage: the last one that it sent.
+    pub fn usage(&self) -> Option<Usage> {
+        self.usage
+    }
+
+    /// Whether the upstream sent a usage that cannot be believed.
+    pub fn usage_invalid(&self) -> bool {
+        self.usage_invalid
+    }
+
+    /// Output tokens of all frames that were given out.
+    pub fn output(&mut self) -> u64 {
+        self.meter.total()
+    }
+
+    /// A number that [`Frames::output`] does not exceed, for next to nothing.
+    pub fn output_at_most(&self) -> u64 {
+        self.meter.at_most()
+    }
+
+    /// Whether the count is not exact.
+    pub fn is_estimated(&self) -> bool {
+        self.lost || self.meter.is_estimated() || self.parser.overflowed()
+    }
+
+    /// Choices that have not ended.
+    pub fn unfinished(&self) -> impl Iterator<Item = u32> + '_ {
+        (0..self.choices as u32).filter(|choice| !self.finished.contains(choice))
+    }
+
+    /// Ends a stream whose terminator has been read: the connection goes back, or is closed if there is more to come.
+    pub fn finish(&mut self, cx: &mut Context<'_>) {
+        // The end of the body usually came together with the terminator.
+        if !self.ended && matches!(self.source.poll_chunk(cx), Poll::Ready(None)) {
+            self.source.finish();
+        }
+        self.ended = true;
+        self.permit = None;
+    }
+
+    fn next_read(&mut self) -> Option<Frame> {
+        if self.given == self.chunk.len() {
+            return None;
+        }
+        let mut frame = Frame { place: Place::Removed, content: false, finish: false, done: false, failed: false };
+        let mut at = self.read;
+        // Field by field: the event borrows the parser and the chunk while the meter counts it.
+        let Some(event) = self.parser.next(&self.chunk, &mut at) else {
+            self.read = at;
+            return self.hold_rest();
+        };
+        let (data_at, named_error) = (event.data_at, event.name == b"error");
+        let mut read = None;
+        if event.data == DONE {
+            frame.done = true;
+            self.done = true;
+        } else if event.dispatched {
+            read = READER.with_borrow_mut(|reader| reader.read(event.data, &mut self.meter));
+            frame.failed = named_error;
+        }
+        self.read = at;
+        let (mut remove, mut model) = (false, None);
+        if let Some(chunk) = read {
+            frame.content = chunk.content;
+            frame.finish = !chunk.finished.is_empty();
+            frame.failed |= chunk.error;
+            remove = chunk.choices == 0 && chunk.usage_object && !chunk.error && !self.keep_usage;
+            self.note(&chunk);
+            model = chunk.model;
+        }
+        let span = self.given..at;
+        self.given = at;
+        frame.place = self.place(span, remove, model, data_at);
+        Some(frame)
+    }
+
+    /// Where the bytes of a complete frame are, after what has to be edited in it.
+    fn place(&mut self, span: Range<usize>, remove: bool, model: Option<Range<usize>>, data_at: Option<usize>) -> Place {
+        let passing = std::mem::take(&mut self.passing);
+        if remove && !passing {
+            self.held.clear();
+            self.held_bytes = 0;
+            return Place::Removed;
+        }
+        let edit = model.zip(self.model.clone()).filter(|_| !passing);
+        if self.held.is_empty() {
+            return match (edit, data_at) {
+                (None, _) => Place::Span(span),
+                (Some((found, name)), Some(data_at)) => {
+                    Place::Pieces(around(&self.chunk, span, data_at + found.start..data_at + found.end, name))
+                }
+                (Some((_, name)), None) => whole(self.chunk.slice(span), name),
+            };
+        }
+        self.held_bytes = 0;
+        let mut pieces: SmallVec<[Bytes; 4]> = self.held.drain(..).collect();
+        pieces.push(self.chunk.slice(span));
+        match edit {
+            None => Place::Pieces(pieces),
+            // Cut in two and to be edited: the one place where a frame is copied.
+            Some((_, name)) => whole(pieces.concat().into(), name),
+        }
+    }
+
+    /// Keeps the rest of the chunk for the frame that it begins, or passes it on when it is too long to wait for.
+    fn hold_rest(&mut self) -> Option<Frame> {
+        let rest = self.chunk.slice(self.given..);
+        self.given = self.chunk.len();
+        if rest.is_empty() {
+            return None;
+        }
+        self.held_bytes += rest.len();
+        self.held.push(rest);
+        if self.held_bytes <= FRAME_HELD_BYTES_MAX && !self.passing && !self.parser.overflowed() {
+            return None;
+        }
+        self.passing = true;
+        self.lost |= self.parser.overflowed();
+        self.held_bytes = 0;
+        let pieces = self.held.drain(..).collect();
+        Some(Frame { place: Place::Pieces(pieces), content: true, finish: false, done: false, failed: false })
+    }
+
+    fn note(&mut self, chunk: &Chunk) {
+        if let Some(usage) = chunk.usage {
+            self.usage = Some(usage); // cumulative where it comes more than once: the last counts
+        }
+        self.usage_invalid |= chunk.usage_invalid;
+        for choice in &chunk.finished {
+            if !self.finished.contains(choice) && self.finished.len() < CHOICES_MAX {
+                self.finished.push(*choice);
+            }
+        }
+    }
+}
+
+/// Why a stream that answered 200 is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// It carried an error before anything else.
+    Error,
+    /// It ended without an answer.
+    Empty,
+    /// It broke off.
+    Broken,
+}
+
+fn around(chunk: &Bytes, span: Range<usize>, value: Range<usize>, name: Bytes) -> SmallVec<[Bytes; 4]> {
+    SmallVec::from_iter([chunk.slice(span.start..value.start), name, chunk.slice(value.end..span.end)])
+}
+
+/// Edits a frame whose data is not in one piece of a chunk, by reading it again by itself; one with several data lines
+/// stays as it is.
+fn whole(frame: Bytes, name: Bytes) -> Place {
+    let mut at = 0;
+    let mut meter = Meter::new(Vocabulary::O200k); // counted already: this count is thrown away
+    let mut parser = Parser::new();
+    let found = parser.next(&frame, &mut at).and_then(|event| {
+        let chunk = READER.with_borrow_mut(|reader| reader.read(event.data, &mut meter))?;
+        let (data_at, value) = event.data_at.zip(chunk.model)?;
+        Some(data_at + value.start..data_at + value.end)
+    });
+    Place::Pieces(match found {
+        Some(value) => around(&frame, 0..frame.len(), value, name),
+        None => SmallVec::from_iter([frame]),
+    })
+}

@@ -1,0 +1,356 @@
+//! Speaks each provider's dialect, and tries accounts until one answers.
+//!
+//! A provider is one file and one row of [`ADAPTERS`]. Another account is tried only before content: until then nothing
+//! of the answer has reached the client.
+
+mod client;
+pub mod demo;
+mod frames;
+pub mod openai;
+mod whole;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hyper::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
+use hyper::{Request, Response};
+
+pub use client::{Broken, Client, Pieces, Source};
+pub use frames::{Editing, Frame, Frames, Place};
+pub use whole::Whole;
+
+use crate::catalog::Model;
+use crate::config::{Retry, UpstreamBounds};
+use crate::error::Error;
+use crate::pool::{Permit, Pool};
+use crate::request::Head;
+
+/// A provider's dialect.
+#[derive(Debug)]
+pub struct Adapter {
+    pub dialect: &'static str,
+    /// Its endpoints need no account of the operator's.
+    pub keyless: bool,
+    via: Via,
+}
+
+/// How a dialect's answers are had.
+#[derive(Debug)]
+enum Via {
+    /// From a request over HTTP, whose answer is in OpenAI's shape.
+    Http(fn(&Ask, &Permit) -> Result<Request<Pieces>, Error>),
+    /// From this process.
+    Local(fn(&Ask) -> demo::Local),
+}
+
+/// Every dialect.
+pub static ADAPTERS: [&Adapter; 2] = [&openai::ADAPTER, &demo::ADAPTER];
+
+/// The names of all dialects, for the configuration.
+pub fn dialects() -> Vec<&'static str> {
+    ADAPTERS.iter().map(|adapter| adapter.dialect).collect()
+}
+
+/// Whether a dialect's endpoints need no account of the operator's.
+pub fn is_keyless(dialect: &str) -> bool {
+    ADAPTERS.iter().any(|adapter| adapter.dialect == dialect && adapter.keyless)
+}
+
+/// What is asked of an upstream.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    pub model: Arc<Model>,
+    pub head: Head,
+    pub body: Bytes,
+    /// What `max_tokens` has to be lowered to.
+    pub clamp: Option<u64>,
+    pub user_id: i64,
+}
+
+/// An answer that has begun (a stream) or is whole.
+#[derive(Debug)]
+pub enum Answer {
+    Stream(Box<Frames>),
+    Whole(Whole),
+}
+
+/// Asks upstreams.
+#[derive(Debug)]
+pub struct Upstream {
+    client: Arc<Client>,
+    pool: Arc<Pool>,
+    bounds: UpstreamBounds,
+    retry: Retry,
+}
+
+/// A pause for an account whose provider said "too many" without saying for how long.
+const REST_DEFAULT: Duration = Duration::from_secs(2);
+/// What is read of a refusal's body.
+const REFUSAL_BYTES_MAX: usize = 64 << 10;
+
+/// A try that failed: what the client is told if it was the last, and whether another account may do better.
+struct Failure {
+    error: Error,
+    again: bool,
+    /// The account is not to be used for so long.
+    rest: Option<Duration>,
+}
+
+impl Upstream {
+    pub fn new(client: Arc<Client>, pool: Arc<Pool>, bounds: UpstreamBounds, retry: Retry) -> Upstream {
+        Upstream { client, pool, bounds, retry }
+    }
+
+    /// Silence after which a stream counts as dead.
+    pub fn silence_max(&self) -> Duration {
+        Duration::from_secs(self.bounds.silence_timeout_s)
+    }
+
+    /// The longest that an answer may take in all.
+    pub fn total_max(&self) -> Duration {
+        Duration::from_secs(self.bounds.total_timeout_s)
+    }
+
+    /// Tries accounts, each at most once, until one has an answer: for a stream, until its first content has come.
+    ///
+    /// `called` is told of every try before it is made.
+    pub async fn open(&self, ask: &Ask, mut called: impl FnMut(&Permit)) -> Result<Answer, Error> {
+        let deadline = Instant::now() + Duration::from_secs(self.retry.budget_s);
+        let mut tried = Vec::new();
+        let mut last: Option<Error> = None;
+        for _ in 0..self.retry.tries {
+            let permit = match self.pool.permit(&ask.model, ask.user_id, &tried).await {
+                Ok(permit) => permit,
+                // No further account: what the last one said is the better answer.
+                Err(error) => return Err(last.unwrap_or(error)),
+            };
+            tried.push(permit.account.id);
+            called(&permit);
+            let account = permit.account.clone();
+            let failure = match self.try_once(ask, permit).await {
+                Ok(answer) => return Ok(answer),
+                Err(failure) => failure,
+            };
+            let row = failure.error.row().name;
+            tracing::warn!(account = account.name, error = row, again = failure.again, "a try failed");
+            if let Some(rest) = failure.rest {
+                self.pool.rest(&account, rest);
+            }
+            if !failure.again || Instant::now() >= deadline {
+                return Err(failure.error);
+            }
+            last = Some(failure.error);
+        }
+        Err(last.unwrap_or(Error::Internal))
+    }
+
+    async fn try_once(&self, ask: &Ask, permit: Permit) -> Result<Answer, Failure> {
+        let dialect = &permit.offer.endpoint.dialect;
+        let adapter = ADAPTERS.iter().find(|adapter| adapter.dialect == dialect);
+        let response = match adapter.map(|adapter| &adapter.via) {
+            Some(Via::Http(request)) => self.send(ask, request(ask, &permit).map_err(Failure::elsewhere)?).await?,
+            Some(Via::Local(answer)) => Response::new(Source::Local(answer(ask))),
+            None => return Err(Failure::last(Error::Internal)),
+        };
+        if response.status() != 200 {
+            return Err(self.refused(ask, &permit, response).await);
+        }
+        if ask.head.stream { self.stream(ask, permit, response).await } else { self.whole(ask, permit, response).await }
+    }
+
+    async fn send(&self, ask: &Ask, request: Request<Pieces>) -> Result<Response<Source>, Failure> {
+        let first_byte_s =
+            if ask.head.stream { self.bounds.first_byte_timeout_s } else { self.bounds.answer_timeout_s };
+        let sent = self.client.send(request, Duration::from_secs(first_byte_s)).await;
+        sent.map_err(|broken| match broken {
+            Broken::Connect => Failure::elsewhere(Error::UpstreamFailed { reason: "it cannot be reached" }),
+            Broken::NoAnswer => Failure::elsewhere(Error::UpstreamFailed { reason: "it closed the connection" }),
+            Broken::Cut => Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is not HTTP" }),
+            // It may be billed already.
+            Broken::FirstByte => Failure {
+                error: Error::UpstreamTimeout { reason: "no first byte" },
+                again: self.retry.retry_after_timeout,
+                rest: None,
+            },
+        })
+    }
+
+    async fn stream(&self, ask: &Ask, permit: Permit, response: Response<Source>) -> Result<Answer, Failure> {
+        let local = matches!(response.body(), Source::Local(_));
+        let kind = response.headers().get(CONTENT_TYPE).map(|kind| kind.as_bytes().to_ascii_lowercase());
+        if !local && kind.is_some_and(|kind| !kind.starts_with(b"text/event-stream")) {
+            return Err(Failure::elsewhere(Error::UpstreamFailed { reason: "it answered without a stream" }));
+        }
+        let mapped = permit.offer.upstream_model != ask.model.name;
+        let editing = Editing {
+            model: mapped.then(|| ask.model.name.clone()),
+            keep_usage: ask.head.include_usage,
+        };
+        let mut frames =
+            Box::new(Frames::new(response.into_body(), permit, ask.model.vocabulary, ask.head.n, editing));
+        let begun = tokio::time::timeout(self.silence_max(), frames.until_content()).await;
+        match begun {
+            Ok(Ok(())) => Ok(Answer::Stream(frames)),
+            Ok(Err(refusal)) => {
+                let reason = match refusal {
+                    frames::Refusal::Error => "its stream began with an error",
+                    frames::Refusal::Empty => "its stream ended without an answer",
+                    frames::Refusal::Broken => "its stream broke off before an answer",
+                };
+                Err(Failure::elsewhere(Error::UpstreamFailed { reason }))
+            }
+            Err(_) => Err(Failure {
+                error: Error::UpstreamTimeout { reason: "no content" },
+                again: self.retry.retry_after_timeout,
+                rest: None,
+            }),
+        }
+    }
+
+    async fn whole(&self, ask: &Ask, permit: Permit, response: Response<Source>) -> Result<Answer, Failure> {
+        let body = self.read(response.into_body(), self.bounds.answer_bytes_max).await?;
+        let mapped = permit.offer.upstream_model != ask.model.name;
+        Whole::read(body, ask.model.vocabulary, mapped.then_some(ask.model.name.as_str()))
+            .map(Answer::Whole)
+            .ok_or_else(|| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is no completion" }))
+    }
+
+    /// Reads a body up to a bound, without a copy where it came in one piece.
+    async fn read(&self, mut source: Source, bytes_max: usize) -> Result<Bytes, Failure> {
+        let silent = |_| Failure {
+            error: Error::UpstreamTimeout { reason: "it fell silent" },
+            again: self.retry.retry_after_timeout,
+            rest: None,
+        };
+        let mut pieces: Vec<Bytes> = Vec::new();
+        let mut length = 0;
+        while let Some(chunk) = tokio::time::timeout(self.silence_max(), source.chunk()).await.map_err(silent)? {
+            let chunk = chunk
+                .map_err(|_| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer broke off" }))?;
+            length += chunk.len();
+            if length > bytes_max {
+                return Err(Failure::last(Error::UpstreamFailed { reason: "its answer is too large" }));
+            }
+            pieces.push(chunk);
+        }
+        Ok(if pieces.len() == 1 { pieces.swap_remove(0) } else { pieces.concat().into() })
+    }
+
+    /// Tells apart what the request, the account and the provider are to blame for.
+    async fn refused(&self, ask: &Ask, permit: &Permit, response: Response<Source>) -> Failure {
+        let status = response.status().as_u16();
+        let retry_after = retry_after(response.headers());
+        match status {
+            400 | 404 | 413 | 422 => {
+                let body = self.read(response.into_body(), REFUSAL_BYTES_MAX).await.unwrap_or_default();
+                Failure::last(cleaned(status, &body, ask, permit))
+            }
+            401..=403 => Failure {
+                error: Error::UpstreamFailed { reason: "it refused our account" },
+                again: true,
+                rest: Some(retry_after.unwrap_or(REST_DEFAULT)),
+            },
+            429 => {
+                let rest = retry_after.unwrap_or(REST_DEFAULT);
+                Failure {
+                    error: Error::UpstreamBusy { retry_after_s: rest.as_secs().max(1) },
+                    again: true,
+                    rest: Some(rest),
+                }
+            }
+            408 | 409 | 500.. => Failure::elsewhere(Error::UpstreamFailed { reason: "it answered with a server error" }),
+            _ => Failure::last(Error::UpstreamFailed { reason: "it answered with an unexpected status" }),
+        }
+    }
+}
+
+impl Failure {
+    fn elsewhere(error: Error) -> Failure {
+        Failure { error, again: true, rest: None }
+    }
+
+    fn last(error: Error) -> Failure {
+        Failure { error, again: false, rest: None }
+    }
+}
+
+/// Seconds of `Retry-After`, or milliseconds of `retry-after-ms`; a date is not worth a parser for a pause.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let number = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse::<f64>().ok();
+    let seconds = number("retry-after-ms").map(|ms| ms / 1000.0).or_else(|| number(RETRY_AFTER.as_str()))?;
+    Duration::try_from_secs_f64(seconds).ok()
+}
+
+/// What is kept of a provider's message.
+const MESSAGE_BYTES_MAX: usize = 2048;
+
+/// A provider's refusal of the request itself, without our account's key and organisation, and with the client's name for
+/// the model.
+fn cleaned(status: u16, body: &[u8], ask: &Ask, permit: &Permit) -> Error {
+    let parsed: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
+    let error = parsed.get("error").unwrap_or(&parsed);
+    let text = |name: &str| error.get(name).and_then(|value| value.as_str()).map(|text| clean(text, ask, permit));
+    let message = text("message").or_else(|| error.as_str().map(|text| clean(text, ask, permit)));
+    Error::UpstreamRefused {
+        status,
+        kind: text("type").unwrap_or_else(|| "invalid_request_error".into()),
+        code: text("code"),
+        param: text("param"),
+        message: message.unwrap_or_else(|| format!("The provider refused the request with status {status}.")),
+    }
+}
+
+fn clean(text: &str, ask: &Ask, permit: &Permit) -> String {
+    let end = text.floor_char_boundary(MESSAGE_BYTES_MAX);
+    let mut text = text[..end].to_owned();
+    let key = permit.account.key.expose();
+    if !key.is_empty() {
+        text = text.replace(key, "***");
+    }
+    let mapped = &permit.offer.upstream_model;
+    if *mapped != ask.model.name {
+        text = text.replace(mapped.as_str(), &ask.model.name);
+    }
+    without_words(&text, &["org-", "proj_", "sk-"])
+}
+
+/// Masks words that begin with one of `marks`: organisations, projects and masked keys in a provider's message.
+fn without_words(text: &str, marks: &[&str]) -> String {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '*' | '.');
+    let mut cleaned = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(start) = rest.find(is_word) {
+        let end = rest[start..].find(|c| !is_word(c)).map_or(rest.len(), |length| start + length);
+        let word = &rest[start..end];
+        cleaned.push_str(&rest[..start]);
+        cleaned.push_str(if marks.iter().any(|mark| word.starts_with(mark)) { "***" } else { word });
+        rest = &rest[end..];
+    }
+    cleaned.push_str(rest);
+    cleaned
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn organisations_and_keys_are_taken_out_of_a_providers_message() {
+        let message = "Limit reached for gpt-4o in organization org-Ab12 on key sk-proj-****abcd. See (proj_77).";
+        let cleaned = without_words(message, &["org-", "proj_", "sk-"]);
+        assert_eq!(cleaned, "Limit reached for gpt-4o in organization *** on key *** See (***).");
+    }
+
+    #[test]
+    fn a_pause_is_read_from_either_header_and_garbage_is_none() {
+        let headers = |name: &'static str, value: &'static str| {
+            HeaderMap::from_iter([(hyper::header::HeaderName::from_static(name), value.parse().unwrap())])
+        };
+        assert_eq!(retry_after(&headers("retry-after", "7")), Some(Duration::from_secs(7)));
+        assert_eq!(retry_after(&headers("retry-after-ms", "250")), Some(Duration::from_millis(250)));
+        for bad in ["-1", "soon", "NaN", "1e400"] {
+            assert_eq!(retry_after(&headers("retry-after", bad)), None, "{bad}");
+        }
+    }
+}

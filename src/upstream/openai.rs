@@ -1,0 +1,70 @@
+//! The dialect `openai`: OpenAI's chat completions, and everybody who is compatible with them.
+
+use bytes::Bytes;
+use hyper::header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::{Method, Request, Uri};
+
+use super::client::Pieces;
+use super::{Adapter, Ask, Via};
+use crate::error::Error;
+use crate::pool::Permit;
+use crate::request::{Edit, MaxField, splice};
+
+/// One row of [`super::ADAPTERS`].
+pub static ADAPTER: Adapter = Adapter { dialect: "openai", keyless: false, via: Via::Http(request) };
+
+/// The client's body with what differs spliced in, under the account's key.
+fn request(ask: &Ask, permit: &Permit) -> Result<Request<Pieces>, Error> {
+    let misconfigured = || Error::UpstreamFailed { reason: "its address or key is not usable" };
+    let endpoint = &permit.offer.endpoint;
+    let base = permit.account.base_url.as_deref().unwrap_or(&endpoint.base_url);
+    let uri: Uri = format!("{}/chat/completions", base.trim_end_matches('/')).parse().map_err(|_| misconfigured())?;
+    let host = uri.authority().map(|authority| authority.as_str().to_owned()).ok_or_else(misconfigured)?;
+    let mut bearer =
+        HeaderValue::from_str(&format!("Bearer {}", permit.account.key.expose())).map_err(|_| misconfigured())?;
+    bearer.set_sensitive(true);
+
+    let body = body(ask, permit);
+    let mut request = Request::new(Pieces::default());
+    *request.method_mut() = Method::POST;
+    *request.uri_mut() = uri;
+    let headers = request.headers_mut();
+    headers.insert(HOST, HeaderValue::from_str(&host).map_err(|_| misconfigured())?);
+    headers.insert(AUTHORIZATION, bearer);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    headers.insert(
+        ACCEPT,
+        HeaderValue::from_static(if ask.head.stream { "text/event-stream" } else { "application/json" }),
+    );
+    *request.body_mut() = body;
+    Ok(request)
+}
+
+fn body(ask: &Ask, permit: &Permit) -> Pieces {
+    let mut edits: smallvec::SmallVec<[Edit<'_>; 3]> = smallvec::SmallVec::new();
+    if permit.offer.upstream_model != ask.head.model {
+        edits.push(Edit::Model(&permit.offer.upstream_model));
+    }
+    if ask.head.stream && permit.offer.endpoint.stream_options && !ask.head.include_usage {
+        edits.push(Edit::IncludeUsage);
+    }
+    if let Some(value) = ask.clamp {
+        // What OpenAI's own reasoning models refuse is `max_tokens`; everybody else knows it best.
+        let absent = if ask.model.bills_unseen { MaxField::MaxCompletionTokens } else { MaxField::MaxTokens };
+        edits.push(Edit::MaxTokens { value, absent });
+    }
+    if edits.is_empty() {
+        return Pieces::new([ask.body.clone()]);
+    }
+    Pieces::new(splice(&ask.body, &ask.head, &edits).pieces().iter().cloned())
+}
+
+/// The end of a stream.
+pub const DONE: &[u8] = b"[DONE]";
+
+/// A chunk of a streamed answer, as an SSE event.
+pub fn chunk_event(chunk: &serde_json::Value) -> Bytes {
+    format!("data: {chunk}\n\n").into()
+}

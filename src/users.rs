@@ -1,0 +1,238 @@
+//! Keys, users and groups as a running server knows them: a snapshot in memory, updated in place.
+//!
+//! Looking a key up costs one hash and no query. A freeze or a revoked key is seen by calls that are running, since
+//! they hold the same [`User`].
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
+
+use arc_swap::ArcSwap;
+use sha2::{Digest, Sha256};
+
+use crate::store::{Change, GroupRow, KeyRow, Store, StoreError, UserRow};
+
+/// What a group's users have in common.
+#[derive(Debug)]
+pub struct Group {
+    pub id: i64,
+    pub name: String,
+    /// Price ratio in millionths.
+    pub ratio_micro: i64,
+    /// Allowed models; `None`: all.
+    pub models: Option<HashSet<String>>,
+    /// Calls in flight of one user; `None`: no limit of the group's.
+    pub concurrency: Option<u32>,
+}
+
+impl Group {
+    /// Whether its users may call `model`.
+    pub fn allows(&self, model: &str) -> bool {
+        self.models.as_ref().is_none_or(|models| models.contains(model))
+    }
+}
+
+/// A user, shared by everything that is in flight for it.
+#[derive(Debug)]
+pub struct User {
+    pub id: i64,
+    pub name: String,
+    frozen: AtomicBool,
+    group: ArcSwap<Group>,
+}
+
+impl User {
+    /// Whether the operator froze the user; calls that are running see it at their next slice.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::Relaxed)
+    }
+
+    /// The user's group as it is now.
+    pub fn group(&self) -> Arc<Group> {
+        self.group.load_full()
+    }
+}
+
+/// A key that works.
+#[derive(Debug)]
+pub struct Key {
+    pub id: i64,
+    pub user: Arc<User>,
+    expires_ms: Option<i64>,
+}
+
+/// Every key that works, by its hash.
+#[derive(Debug, Default)]
+pub struct Users {
+    tables: RwLock<Tables>,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    groups: HashMap<i64, Arc<Group>>,
+    users: HashMap<i64, Arc<User>>,
+    keys: HashMap<[u8; 32], Arc<Key>>,
+    hashes: HashMap<i64, [u8; 32]>,
+}
+
+/// The hash under which a key is stored. Keys are 192 random bits, so a plain SHA-256 is enough: there is nothing to guess.
+pub fn hash_key(key: &str) -> [u8; 32] {
+    Sha256::digest(key.as_bytes()).into()
+}
+
+impl Users {
+    /// Reads everything.
+    pub async fn load(store: &Store) -> Result<Users, StoreError> {
+        let users = Users::default();
+        users.reload(store).await?;
+        Ok(users)
+    }
+
+    /// The key that was presented, if it works at `now_ms`.
+    pub fn find(&self, presented: &str, now_ms: i64) -> Option<Arc<Key>> {
+        let hash = hash_key(presented);
+        let tables = self.tables.read().expect("no holder of this lock panics");
+        let key = tables.keys.get(&hash)?;
+        key.expires_ms.is_none_or(|expires| now_ms < expires).then(|| key.clone())
+    }
+
+    /// Reads again what a change names.
+    pub async fn apply(&self, store: &Store, change: &Change) -> Result<(), StoreError> {
+        match change {
+            Change::Group => self.reload(store).await,
+            Change::User(id) => {
+                let rows = store.users(Some(*id)).await?;
+                self.write(|tables| rows.into_iter().for_each(|row| tables.put_user(row)));
+                Ok(())
+            }
+            Change::Key(id) => {
+                let rows = store.keys(Some(*id)).await?;
+                self.write(|tables| rows.into_iter().for_each(|row| tables.put_key(row)));
+                Ok(())
+            }
+            Change::Account | Change::Balance(_) => Ok(()),
+        }
+    }
+
+    async fn reload(&self, store: &Store) -> Result<(), StoreError> {
+        let (groups, users, keys) = (store.groups().await?, store.users(None).await?, store.keys(None).await?);
+        self.write(|tables| {
+            groups.into_iter().for_each(|row| tables.put_group(row));
+            users.into_iter().for_each(|row| tables.put_user(row));
+            keys.into_iter().for_each(|row| tables.put_key(row));
+        });
+        Ok(())
+    }
+
+    fn write(&self, change: impl FnOnce(&mut Tables)) {
+        change(&mut self.tables.write().expect("no holder of this lock panics"));
+    }
+}
+
+impl Tables {
+    fn put_group(&mut self, row: GroupRow) {
+        let GroupRow { id, name, ratio_micro, models, concurrency } = row;
+        let models = models.map(|models| models.into_iter().collect());
+        self.groups.insert(id, Arc::new(Group { id, name, ratio_micro, models, concurrency }));
+    }
+
+    fn put_user(&mut self, row: UserRow) {
+        let Some(group) = self.groups.get(&row.group_id).cloned() else { return };
+        match self.users.get(&row.id) {
+            Some(user) => {
+                user.frozen.store(row.frozen, Ordering::Relaxed);
+                user.group.store(group);
+            }
+            None => {
+                let frozen = AtomicBool::new(row.frozen);
+                let user = User { id: row.id, name: row.name, frozen, group: ArcSwap::new(group) };
+                self.users.insert(row.id, Arc::new(user));
+            }
+        }
+    }
+
+    fn put_key(&mut self, row: KeyRow) {
+        if let Some(old) = self.hashes.remove(&row.id) {
+            self.keys.remove(&old);
+        }
+        let Some(user) = self.users.get(&row.user_id).cloned() else { return };
+        if row.revoked_ms.is_none() {
+            self.hashes.insert(row.id, row.hash);
+            self.keys.insert(row.hash, Arc::new(Key { id: row.id, user, expires_ms: row.expires_ms }));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn store() -> (tempfile::TempDir, Store) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("x.db")).unwrap();
+        (folder, store)
+    }
+
+    async fn apply_changes(users: &Users, store: &Store, since: i64) {
+        for change in store.changes_since(since).await.unwrap().1 {
+            users.apply(store, &change).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_key_made_and_revoked_beside_the_server_is_seen_from_the_changes() {
+        let (_folder, store) = store().await;
+        let users = Users::load(&store).await.unwrap();
+        let since = store.change_sequence().await.unwrap();
+        store.add_user("ann".into(), "default".into(), 5, Some((hash_key("sk-1"), "sk-1".into()))).await.unwrap();
+        apply_changes(&users, &store, since).await;
+        let key = users.find("sk-1", 0).unwrap();
+        assert_eq!(key.user.name, "ann");
+        assert!(users.find("sk-2", 0).is_none());
+        store.revoke_key(key.id).await.unwrap();
+        apply_changes(&users, &store, since).await;
+        assert!(users.find("sk-1", 0).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_freeze_is_seen_through_a_user_that_is_held_already() {
+        let (_folder, store) = store().await;
+        store.add_user("ann".into(), "default".into(), 0, Some((hash_key("sk-1"), "sk-1".into()))).await.unwrap();
+        let users = Users::load(&store).await.unwrap();
+        let held = users.find("sk-1", 0).unwrap();
+        let since = store.change_sequence().await.unwrap();
+        store.set_frozen("ann".into(), true).await.unwrap();
+        apply_changes(&users, &store, since).await;
+        assert!(held.user.is_frozen());
+    }
+
+    #[test]
+    fn an_expired_key_is_no_key() {
+        let users = Users::default();
+        users.write(|tables| {
+            tables.put_group(GroupRow { id: 1, name: "g".into(), ratio_micro: 1, models: None, concurrency: None });
+            let user = UserRow {
+                id: 1,
+                name: "ann".into(),
+                group_id: 1,
+                balance_nano: 0,
+                leased_nano: 0,
+                frozen: false,
+                created_ms: 0,
+            };
+            tables.put_user(user);
+            tables.put_key(KeyRow {
+                id: 1,
+                user_id: 1,
+                hash: hash_key("sk-1"),
+                hint: String::new(),
+                name: String::new(),
+                created_ms: 0,
+                expires_ms: Some(100),
+                revoked_ms: None,
+            });
+        });
+        assert!(users.find("sk-1", 99).is_some());
+        assert!(users.find("sk-1", 100).is_none());
+    }
+}

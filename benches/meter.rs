@@ -14,6 +14,19 @@ const CODE: &str = "    for (index, value) in values.iter().enumerate() {\n     
 const CHAT: &str = "Sure! Here's how you'd do it:\n\n1. **Install** the package: `pip install requests`\n2. Call `requests.get(url)` \
                     with a timeout of 10 s\n3. Check `response.status_code == 200`\n\nLet me know if that doesn't work. 😊\n\n";
 
+/// The words of a text in no order, so that no branch is foreseen: a text repeated runs at more than twice its speed.
+fn shuffled(text: &str, bytes: usize) -> String {
+    let words: Vec<&str> = text.split_inclusive([' ', '，', '。', '_', '的', '了', '.']).collect();
+    let mut random = 1_u32;
+    let mut shuffled = String::with_capacity(bytes + 64);
+    while shuffled.len() < bytes {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        shuffled.push_str(words[(random >> 8) as usize % words.len()]);
+    }
+    shuffled.truncate(shuffled.floor_char_boundary(bytes));
+    shuffled
+}
+
 fn filled(unit: &str, bytes: usize) -> String {
     let mut text = unit.repeat(bytes / unit.len() + 1);
     text.truncate(text.floor_char_boundary(bytes));
@@ -22,11 +35,11 @@ fn filled(unit: &str, bytes: usize) -> String {
 
 fn whole_texts(criterion: &mut Criterion) {
     let texts = [
-        ("prose 64 KiB", filled(PROSE, 64 << 10)),
-        ("chinese 64 KiB", filled(CHINESE, 64 << 10)),
-        ("code 64 KiB", filled(CODE, 64 << 10)),
-        ("chat 1 KiB", filled(CHAT, 1 << 10)),
-        ("chat 16 KiB", filled(CHAT, 16 << 10)),
+        ("prose 64 KiB", shuffled(PROSE, 64 << 10)),
+        ("chinese 64 KiB", shuffled(CHINESE, 64 << 10)),
+        ("code 64 KiB", shuffled(CODE, 64 << 10)),
+        ("chat 1 KiB", shuffled(CHAT, 1 << 10)),
+        ("chat 16 KiB", shuffled(CHAT, 16 << 10)),
     ];
     measure(criterion, "count", &texts);
 }
@@ -73,7 +86,7 @@ fn running_count(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("1000 deltas");
     group.throughput(Throughput::Elements(1000));
     for (name, unit) in [("prose", PROSE), ("chinese", CHINESE), ("code", CODE), ("dashes", "-")] {
-        let text = filled(unit, 64 << 10);
+        let text = if unit.len() > 1 { shuffled(unit, 64 << 10) } else { filled(unit, 64 << 10) };
         let words: Vec<&str> = text.split_inclusive([' ', '，', '。']).collect();
         let characters: Vec<char> = text.chars().collect();
         let fours: Vec<String> = characters.chunks(4).map(|delta| delta.iter().collect()).collect();
@@ -125,7 +138,7 @@ fn prompts(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("prompt");
     for (name, bytes) in [("1 KiB", 1 << 10), ("16 KiB", 16 << 10), ("256 KiB", 256 << 10)] {
         let messages: Vec<_> =
-            (0..8).map(|_| serde_json::json!({"role": "user", "content": filled(CHAT, bytes / 8)})).collect();
+            (0..8).map(|_| serde_json::json!({"role": "user", "content": shuffled(CHAT, bytes / 8)})).collect();
         let body = serde_json::json!({"model": "gpt-4o", "messages": messages}).to_string();
         group.throughput(Throughput::Bytes(body.len() as u64));
         group.bench_function(name, |bencher| {

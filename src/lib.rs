@@ -1,11 +1,11 @@
 //! gpt-cat: a reverse proxy for large language models. The modules, in the order of a request's journey.
 
-#[allow(missing_docs)]
 pub mod config;
 pub mod error;
 pub mod request;
 pub mod sse;
 pub mod meter;
+pub mod telemetry;
 pub mod store;
 pub mod catalog;
 pub mod users;
@@ -13,3 +13,5 @@ pub mod ledger;
 pub mod pool;
 pub mod preprocess;
 pub mod upstream;
+pub mod admin;
+pub mod server;

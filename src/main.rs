@@ -1,1 +1,115 @@
-fn main() {}
+//! Arguments → configuration → runtime → run → exit code.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use gpt_cat::admin::cli::{Cli, Command, ConfigCommand, Desk};
+use gpt_cat::config::{Config, DatabaseUrl, LogFormat};
+use gpt_cat::server::Server;
+use gpt_cat::store::{MasterKey, Store};
+use gpt_cat::{admin, ledger, telemetry, upstream};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Read when `--config` and `GPT_CAT_CONFIG` name no other.
+const CONFIG_FILE: &str = "gpt-cat.toml";
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("gpt-cat: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<bool, Failure> {
+    let config = read_config(cli.config.as_deref())?;
+    let command = cli.command.unwrap_or(Command::Serve);
+    for warning in &config.warnings {
+        eprintln!("gpt-cat: warning: {warning}");
+    }
+    if let Command::Config(ConfigCommand::Check) = command {
+        println!("the configuration is good");
+        return Ok(true);
+    }
+    std::fs::create_dir_all(&config.data_dir).map_err(|error| format!("{}: {error}", config.data_dir.display()))?;
+    let master = std::env::var("GPT_CAT_MASTER_KEY").ok();
+    let master = MasterKey::load(master.as_deref(), &config.data_dir.join("master.key"))?;
+    let DatabaseUrl::Sqlite(path) = &config.database_url else {
+        return Err("database_url: this version keeps its books in SQLite; use sqlite:<path>".into());
+    };
+    let store = Store::open(path)?;
+    if let Command::Serve = command {
+        let workers = config.server.workers;
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        if workers > 0 {
+            runtime.worker_threads(workers);
+        }
+        return runtime.enable_all().build()?.block_on(serve(config, store, master));
+    }
+    let desk = Desk { config: &config, store: &store, master: &master, check_line: ledger::CHECK_LINE, json: cli.json };
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(desk.run(command))
+}
+
+async fn serve(config: Config, store: Store, master: MasterKey) -> Result<bool, Failure> {
+    let json = config.log.format == LogFormat::Json;
+    let _log = telemetry::start(&config.log.level, json, config.log.file.as_deref())?;
+    let mut stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let welcome = admin::first_start(&config, &store, &master, |name| std::env::var(name).ok()).await?;
+    let api = match config.admin.listen {
+        Some(address) => Some(TcpListener::bind(address).await.map_err(|error| format!("admin.listen {address}: {error}"))?),
+        None => None,
+    };
+    let server = Server::start(config.clone(), store.clone(), master).await?;
+
+    let mut out = std::io::stdout().lock();
+    let mut base = None;
+    let http = server.http_address().map(|address| ("http", address));
+    let https = server.https_address().map(|address| ("https", address));
+    for (scheme, mut address) in http.into_iter().chain(https) {
+        if address.ip().is_unspecified() {
+            address.set_ip(std::net::Ipv4Addr::LOCALHOST.into()); // something that can be called
+        }
+        let url = format!("{scheme}://{address}");
+        writeln!(out, "listening on {url}")?;
+        base.get_or_insert(url);
+    }
+    if let Some(welcome) = welcome {
+        write!(out, "{}", welcome.text(base.as_deref().unwrap_or_default()))?;
+    }
+    out.flush()?;
+    drop(out);
+
+    let api = api.map(|listener| tokio::spawn(admin::serve_api(listener, config, store, ledger::CHECK_LINE)));
+    let [terminate, interrupt] = &mut stop;
+    server
+        .run(async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        })
+        .await?;
+    if let Some(api) = api {
+        api.abort();
+    }
+    Ok(true)
+}
+
+fn read_config(given: Option<&Path>) -> Result<Config, Failure> {
+    let path = given.unwrap_or(Path::new(CONFIG_FILE));
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => Some(text),
+        Err(error) if given.is_none() && error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(format!("{}: {error}", path.display()).into()),
+    };
+    let shown = text.is_some().then(|| format!("{}:\n", path.display())).unwrap_or_default();
+    Config::load(text.as_deref(), std::env::vars(), &upstream::dialects()).map_err(|errors| format!("{shown}{errors}").into())
+}

@@ -49,7 +49,7 @@ struct Args {
     #[command(subcommand)]
     part: Option<Part>,
     /// The gateway's executable; without one its row is left out, and a line says so.
-    #[arg(long, global = true, env = "GPT_CAT_BIN", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/target/release/gpt-cat"))]
+    #[arg(long, global = true, env = "LOAD_GATEWAY", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/target/release/gpt-cat"))]
     gateway: PathBuf,
     /// One short round: does everything run?
     #[arg(long, global = true)]

@@ -123,12 +123,14 @@ fn gateway(place: &Place) -> Outcome<(Process, SocketAddr)> {
     let config = folder.join("gpt-cat.toml");
     fs::write(&config, gateway_config(&folder, place.upstream))?;
     let mut command = process::pinned(place.gateway, place.core);
-    command.arg("serve").arg("--config").arg(&config).current_dir(&folder).env("GPT_CAT_FIRST_KEY", KEY);
+    set_apart(&mut command, &folder);
+    command.arg("serve").arg("--config").arg(&config).env("GPT_CAT_FIRST_KEY", KEY);
     let started = process::start_listening(command, &folder.join("stderr.log"))?;
     add_account(place.gateway, &config, &folder)?;
     Ok(started)
 }
 
+/// The endpoint is the built-in one at another address, so that none is left which points out of this machine.
 fn gateway_config(folder: &Path, upstream: SocketAddr) -> String {
     format!(
         "database_url = \"sqlite:{folder}/gpt-cat.db\"
@@ -139,7 +141,7 @@ workers = 1
 listen = \"off\"
 [ledger]
 first_balance = \"1000000.00\"
-[endpoints.mock]
+[endpoints.openai]
 dialect = \"openai\"
 base_url = \"http://{upstream}/v1\"
 models = [\"gpt-4o\"]
@@ -151,10 +153,24 @@ output = \"10.00\"
     )
 }
 
+/// Keeps the gateway to its folder and its file: whoever runs the bench may have set up one of their own.
+fn set_apart(command: &mut Command, folder: &Path) {
+    command.current_dir(folder);
+    for name in ["OPENAI_API_KEY", "DASHSCOPE_API_KEY", "DATABASE_URL", "HTTP_ADDRESS", "HTTP_PORT"] {
+        command.env_remove(name);
+    }
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| name.starts_with("GPT_CAT_")) {
+            command.env_remove(name);
+        }
+    }
+}
+
 fn add_account(program: &Path, config: &Path, folder: &Path) -> Outcome<()> {
     let mut command = Command::new(program);
-    command.args(["account", "add", "--endpoint", "mock", "--name", "mock", "--key-env", "MOCK_KEY"]);
-    command.args(["--limit", "20000", "--config"]).arg(config).current_dir(folder).env("MOCK_KEY", "sk-mock");
+    command.args(["account", "add", "--endpoint", "openai", "--name", "mock", "--key-env", "MOCK_KEY"]);
+    command.args(["--limit", "20000", "--config"]).arg(config).env("MOCK_KEY", "sk-mock");
+    set_apart(&mut command, folder);
     let output = command.output()?;
     if output.status.success() {
         return Ok(());

@@ -1,7 +1,7 @@
 //! What was typed becomes what it means: every default beside its bounds, every mistake beside its key.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +11,7 @@ use super::decimal::{NANO, parse_nano};
 use super::layers::{Places, Typed};
 use super::problem::{Errors, Place, Problem, below, item};
 use super::raw::{RawEndpoint, RawModel, RawServer, RawTitleCatch};
+use super::url::{is_blank, parse_base_url, parse_database_url};
 use super::*;
 
 const KIB: i64 = 1024;
@@ -37,6 +38,9 @@ const MAX_OUTPUT_DEFAULT: u64 = 16_384;
 /// Where a dialect is spoken unless the endpoint says otherwise.
 const BASE_URLS: [(&str, &str); 2] =
     [("openai", "https://api.openai.com/v1"), ("qianwen", "https://dashscope.aliyuncs.com/api/v1")];
+
+/// What the prices of default.toml are in.
+const BUILT_IN_CURRENCY: &str = "USD";
 
 /// The dialect that answers by itself.
 const DEMO: &str = "demo";
@@ -116,6 +120,7 @@ pub fn config(typed: Typed, dialects: &[&str]) -> Result<Config, Errors> {
         warnings: Vec::new(),
     };
     c.listeners(&config);
+    c.currency_of_built_in_prices(&config);
 
     match check.problems.is_empty() {
         true => Ok(Config { warnings: check.warnings, ..config }),
@@ -133,7 +138,7 @@ struct Check {
 /// A section or a group of keys each.
 impl Check {
     fn currency(&mut self, typed: Option<String>) -> String {
-        let currency = typed.unwrap_or_else(|| "USD".to_owned());
+        let currency = typed.unwrap_or_else(|| BUILT_IN_CURRENCY.to_owned());
         if !(3..=8).contains(&currency.len()) || !currency.bytes().all(|byte| byte.is_ascii_alphabetic()) {
             self.refuse("currency", format!("expected three to eight letters such as \"USD\", found {currency:?}"));
         }
@@ -202,6 +207,19 @@ impl Check {
             if is_same(one, other) {
                 self.refuse(key, format!("expected another address than that of {other_key}"));
             }
+        }
+    }
+
+    /// Numbers that were meant as dollars would be charged as something else.
+    fn currency_of_built_in_prices(&mut self, config: &Config) {
+        let is_built_in = |name: &&String| {
+            let key = below("models", name);
+            ["input", "output", "per_call"].iter().all(|price| self.places.of(&below(&key, price)) == Place::BuiltIn)
+        };
+        let names: Vec<&str> = config.models.keys().filter(is_built_in).map(String::as_str).collect();
+        if config.currency != BUILT_IN_CURRENCY && !names.is_empty() {
+            let what = format!("is {}, but the built-in prices are in {BUILT_IN_CURRENCY}: ", config.currency);
+            self.warn("currency", &(what + &names.join(", ")));
         }
     }
 
@@ -493,28 +511,6 @@ impl Check {
     }
 }
 
-fn is_blank(c: char) -> bool {
-    c.is_whitespace() || c.is_control()
-}
-
-/// Never repeats the text, which may hold a password.
-fn parse_database_url(text: &str) -> Result<DatabaseUrl, String> {
-    let expected = |found: &str| Err(format!("expected sqlite:<path> or postgres://<user>@<host>/<database>{found}"));
-    let Some((scheme, rest)) = text.split_once(':') else { return expected(", found no scheme") };
-    match (scheme, rest.strip_prefix("//")) {
-        ("sqlite", below) => match below.unwrap_or(rest) {
-            "" | ":memory:" => Err("expected the path of a file after sqlite:".to_owned()),
-            path if path.contains(['?', '#', '\0']) => Err("expected a path alone after sqlite:".to_owned()),
-            path => Ok(DatabaseUrl::Sqlite(path.into())),
-        },
-        ("postgres" | "postgresql", Some(rest)) if !rest.is_empty() && !rest.contains(is_blank) => {
-            Ok(DatabaseUrl::Postgres(Secret::new(text)))
-        }
-        ("postgres" | "postgresql", _) => expected(", found a part of it"),
-        _ => expected(", found another scheme"),
-    }
-}
-
 fn folder_of(database: &DatabaseUrl) -> PathBuf {
     match database {
         DatabaseUrl::Sqlite(path) => match path.parent() {
@@ -524,37 +520,6 @@ fn folder_of(database: &DatabaseUrl) -> PathBuf {
         },
         DatabaseUrl::Postgres(_) => PathBuf::from("data"),
     }
-}
-
-/// Takes slashes off the end, and never repeats a text that holds credentials.
-fn parse_base_url(text: &str) -> Result<String, String> {
-    if text.contains('@') {
-        return Err("expected no user or password in it: keys belong to accounts".to_owned());
-    }
-    let expected = |what: &str| format!("expected {what}, such as \"https://api.openai.com/v1\", found {text:?}");
-    let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
-    let rest = rest.ok_or_else(|| expected("http:// or https://"))?;
-    if rest.contains(['?', '#']) {
-        return Err(expected("no query and no fragment"));
-    }
-    if !rest.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"<>\\^`{|}".contains(&byte)) {
-        return Err(expected("only characters that a URL may hold"));
-    }
-    if !is_authority(rest.split('/').next().unwrap_or_default()) {
-        return Err(expected("a host, and perhaps a port"));
-    }
-    Ok(text.trim_end_matches('/').to_owned())
-}
-
-/// `host`, `host:port`, `[v6]` or `[v6]:port`.
-fn is_authority(text: &str) -> bool {
-    let is_port = |port: &str| port.strip_prefix(':').is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0));
-    if let Some((address, port)) = text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        return address.parse::<Ipv6Addr>().is_ok() && (port.is_empty() || port.starts_with(':')) && is_port(port);
-    }
-    let (host, port) = text.split_at(text.find(':').unwrap_or(text.len()));
-    let is_host = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
-    !host.is_empty() && host.bytes().all(is_host) && is_port(port)
 }
 
 /// `o3`, `o3-mini`, `openai/gpt-5.1`, not `o30`.

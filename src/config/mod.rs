@@ -12,6 +12,7 @@ mod problem;
 mod raw;
 #[cfg(test)]
 mod tests;
+mod url;
 
 use std::collections::BTreeMap;
 use std::fmt;

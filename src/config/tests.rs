@@ -132,7 +132,8 @@ fn the_example_shows_every_key_that_exists() {
         for key in known.split('`').skip(1).step_by(2) {
             let is_shown = |line: &str| {
                 let line = line.trim_start_matches(['#', '[']);
-                line.strip_prefix(key).is_some_and(|rest| rest.starts_with([' ', '.', ']', '_']))
+                let line = line.strip_prefix(&format!("{place}.")).unwrap_or(line);
+                line.strip_prefix(key).is_some_and(|rest| rest.starts_with([' ', '.', ']']))
             };
             assert!(EXAMPLE.lines().any(is_shown), "{place}: {key} is not in the example");
         }
@@ -550,6 +551,14 @@ fn an_endpoint_without_models_and_a_dearer_cache_are_warnings() {
 }
 
 #[test]
+fn built_in_prices_in_another_currency_are_a_warning_that_names_the_models() {
+    let file = "currency = \"CNY\"\n[endpoints.x]\ndialect = \"openai\"\nmodels = [\"gpt-4o\", \"o3\"]\n";
+    assert_eq!(from_text(file).warnings, ["currency is CNY, but the built-in prices are in USD: gpt-4o, o3"]);
+    let priced = "[models]\ngpt-4o = { input = \"18\", output = \"72\" }\no3 = { per_call = \"1\" }";
+    assert_eq!(from_text(&format!("{file}{priced}")).warnings, Vec::<String>::new());
+}
+
+#[test]
 fn a_price_is_a_string_and_the_error_says_how_to_write_it() {
     let rows = [
         ("2.50", "expected a string, which is exact: write \"2.5\""),
@@ -696,7 +705,7 @@ fn a_file_of_absurd_size_or_depth_is_refused_and_does_not_overflow_the_stack() {
         format!("[{}a]\nb = 1", "a.".repeat(deep)),
         format!("models.{}a = 1", "a.".repeat(deep)),
         // The parser limits values and dotted keys each, not their product.
-        format!("{dotted}{{ {}1{} }}", format!("{dotted}{{ ").repeat(70), " }".repeat(70)),
+        format!("{dotted}{{ {}{dotted}1{} }}", format!("{dotted}{{ ").repeat(70), " }".repeat(70)),
         format!("models.x.input = {{ {}{dotted}1{} }}", format!("{dotted}{{ ").repeat(70), " }".repeat(70)),
         format!("a = {}1{}", "[".repeat(deep), "]".repeat(deep)),
         format!("a = {}", "{a=".repeat(deep)),

@@ -110,6 +110,21 @@ struct PromptText {
     opaque: bool,
 }
 
+impl Ended {
+    /// A call that was answered with an error and nothing else.
+    pub fn failed(status: u16) -> Ended {
+        Ended {
+            reason: EndReason::Failed,
+            status,
+            usage: None,
+            usage_invalid: false,
+            output: 0,
+            estimated: false,
+            content: false,
+        }
+    }
+}
+
 impl Ledger {
     /// Holds money for a call and writes OPEN, before the upstream is called.
     ///
@@ -312,14 +327,17 @@ impl OpenLine {
         inner.content = true;
     }
 
-    /// Whether this end needs the prompt counted, and counting would take too long for a worker.
-    ///
-    /// Awaited before [`OpenLine::end`], it keeps the worker free; otherwise the end counts on the spot.
+    /// Whether the end needs the prompt counted, and counting would take too long for a worker: then
+    /// [`OpenLine::prepare`] has to be awaited before it.
+    pub fn needs_time(&self, usage: Option<Usage>) -> bool {
+        let prompt = &self.inner().prompt;
+        usage.is_none_or(|usage| usage.input > prompt.usage_bound()) && prompt.is_long()
+    }
+
+    /// Counts a long prompt on a blocking thread, where the end needs it; otherwise returns at once.
     pub async fn prepare(&mut self, usage: Option<Usage>) {
-        let inner = self.inner_mut();
-        let has_usage = usage.is_some_and(|usage| usage.input <= inner.prompt.usage_bound());
-        if !has_usage && inner.prompt.is_long() {
-            inner.prompt.count().await;
+        if self.needs_time(usage) {
+            self.inner_mut().prompt.count().await;
         }
     }
 
@@ -334,8 +352,9 @@ impl OpenLine {
 impl Drop for OpenLine {
     fn drop(&mut self) {
         let Some(mut inner) = self.inner.take() else { return };
+        let cut_off = self.ledger.cut_off.load(Ordering::Acquire);
         let ended = Ended {
-            reason: EndReason::ClientGone,
+            reason: if cut_off { EndReason::Drained } else { EndReason::ClientGone },
             status: 499, // nginx's number for a client that closed its request
             usage: None,
             usage_invalid: false,

@@ -47,8 +47,10 @@ pub struct Ledger {
     /// Lines that are open.
     open: AtomicU64,
     ended: Notify,
-    /// Set when the boot is no longer live in the store, or the node drains: no more holds.
+    /// Set when the boot is no longer live in the store, or the node has stopped: no more holds.
     fenced: AtomicBool,
+    /// Calls that end now were cut off by this node, not by their clients.
+    cut_off: AtomicBool,
 }
 
 /// Why the ledger cannot start.
@@ -107,6 +109,7 @@ impl Ledger {
             open: AtomicU64::new(0),
             ended: Notify::new(),
             fenced: AtomicBool::new(false),
+            cut_off: AtomicBool::new(false),
         });
         Ok(ledger)
     }
@@ -151,6 +154,11 @@ impl Ledger {
         }
         self.journal.close(settled);
         Ok(())
+    }
+
+    /// Says that calls which end from now on without an end of their own were cut off by this node.
+    pub fn cut_off(&self) {
+        self.cut_off.store(true, Ordering::Release);
     }
 
     /// Lines that are open.

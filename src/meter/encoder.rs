@@ -340,7 +340,7 @@ mod tests {
             2 => "[ \t\r\n\u{b}\u{c}]{1,6}",
             2 => "[0-9]{1,7}",
             2 => "[!-/:-@\\[-`{-~]{1,5}",
-            1 => prop::sample::select(vec!["'s", "'re", "'LL", "'ve", "'d", "don't", "<|endoftext|>", "<|im_start|>", "'ſ", "\u{0}", "\u{1c}", "\u{7f}"]).prop_map(str::to_owned),
+            1 => prop::sample::select(vec!["'s", "'re", "'LL", "'ve", "'d", "don't", "<|endoftext|>", "<|im_start|>", "/\n/", "'ſ", "\u{0}", "\u{1c}", "\u{7f}"]).prop_map(str::to_owned),
             1 => "[\u{a0}\u{3000}\u{2028}éßſKǅʰ中文字かな\u{300}\u{1f600}٣Ⅷ]{1,4}",
             1 => "\\PC{1,6}",
         ];

@@ -112,6 +112,31 @@ impl Store {
         .await
     }
 
+    /// The first start: stores the admin token's hash, a first user with a key, and a first credit (0: none), all or
+    /// nothing. False when there was a first start before.
+    pub async fn first_start(
+        &self,
+        admin_token_hash: String,
+        user: &'static str,
+        credit_nano: i64,
+        key: ([u8; 32], String),
+    ) -> Result<bool, StoreError> {
+        self.write(move |tx| {
+            let sql = "INSERT INTO settings (name, value) VALUES ('admin_token_hash', ?1) ON CONFLICT DO NOTHING";
+            if tx.execute(sql, [admin_token_hash])? == 0 {
+                return Ok(false);
+            }
+            tx.execute("INSERT INTO users (name, created_ms) VALUES (?1, ?2)", params![user, now_ms()])?;
+            let user_id = tx.last_insert_rowid();
+            if credit_nano > 0 {
+                add_credit(tx, user_id, credit_nano, "first start")?;
+            }
+            insert_key(tx, user_id, &key.0, &key.1, "first")?;
+            Ok(true)
+        })
+        .await
+    }
+
     // Boots and leases: design.md §4b.
 
     /// Registers a new boot as live.

@@ -7,20 +7,18 @@
     gpt-4o-picky             400 with param `temperature`
 
 `GET /_log` tells every request so far: its body as it came, its key, the words sent and when the client closed. The
-standard library only; it prints `listening on http://ADDRESS` and ends with its standard input.
+standard library only; it prints `listening on http://ADDRESS`, and ends by itself after a quarter of an hour.
 """
 
 import asyncio
 import json
-import os
-import sys
-import threading
 import time
 
 KEY = "sk-upstream-0123456789abcdef"
 PACE_S = 0.02
 SLOW_WORDS_MAX = 1500  # 30 s: a client that never hangs up must not keep it for ever
 HEAD_BYTES_MAX = 64 * 1024
+LIFE_S = 900  # whoever started it and died must not leave it behind
 
 STORY = "The gateway takes a request , looks at it , and hands it on as it came .".split(" ")
 TOOL_ARGUMENTS = '{"city":"Z\\u00fcrich","note":"quote \\" and \\\\ slash","days":[1,2,3]}'
@@ -40,8 +38,7 @@ async def serve():
     server = await asyncio.start_server(converse, "127.0.0.1", 0, limit=HEAD_BYTES_MAX)
     host, port = server.sockets[0].getsockname()
     print(f"listening on http://{host}:{port}", flush=True)
-    async with server:
-        await server.serve_forever()
+    await asyncio.sleep(LIFE_S)
 
 
 async def converse(reader, writer):
@@ -225,11 +222,5 @@ def send_chunk(writer, text):
     writer.write(b"%x\r\n%s\r\n" % (len(payload), payload))
 
 
-def end_with_parent():
-    sys.stdin.read()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=end_with_parent, daemon=True).start()
     asyncio.run(serve())

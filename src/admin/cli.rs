@@ -1,0 +1,338 @@
+//! The subcommands. Each opens the database itself, so it works with and without a server beside it.
+
+use std::io::{self, BufRead, IsTerminal, Read, Write};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
+
+use super::listing::Listing;
+use super::{NewKey, hint, show};
+use crate::config::Config;
+use crate::config::decimal::parse_nano;
+use crate::store::{LineCheck, LineFilter, MasterKey, NewAccount, Store, now_ms};
+
+/// A gateway for large language models: keys, balances and a pool of accounts behind OpenAI's API.
+#[derive(Debug, Parser)]
+#[command(name = "gpt-cat", version)]
+pub struct Cli {
+    /// The configuration file [default: gpt-cat.toml, if it exists]
+    #[arg(long, global = true, env = "GPT_CAT_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print JSON instead of a table
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve requests (the default)
+    Serve,
+    /// Users and their money
+    #[command(subcommand)]
+    User(UserCommand),
+    /// Keys of users
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Accounts at providers
+    #[command(subcommand)]
+    Account(AccountCommand),
+    /// Served models
+    #[command(subcommand)]
+    Model(ModelCommand),
+    /// Lines of finished calls, newest first
+    Usage(UsageArgs),
+    /// Add everything up and recompute every line; exit code 1 if anything does not agree
+    Audit,
+    /// The configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum UserCommand {
+    /// Add a user with a key, which is shown once
+    Add {
+        name: String,
+        /// A first credit
+        #[arg(long, default_value = "0", value_parser = credit)]
+        balance: i64,
+        #[arg(long, default_value = "default")]
+        group: String,
+    },
+    List,
+    Show {
+        name: String,
+    },
+    /// Add money
+    Credit {
+        name: String,
+        #[arg(value_parser = credit)]
+        amount: i64,
+        #[arg(long, default_value = "")]
+        note: String,
+    },
+    /// Refuse all requests of a user
+    Freeze {
+        name: String,
+    },
+    Unfreeze {
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Add a key to a user; it is shown once
+    Add {
+        user: String,
+        #[arg(long, default_value = "")]
+        name: String,
+    },
+    List {
+        /// Only this user's
+        user: Option<String>,
+    },
+    /// Revoke a key for good
+    Revoke {
+        /// As `key list` shows it
+        id: i64,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AccountCommand {
+    /// Add an account; its key is read from standard input, or from a variable
+    Add(AccountArgs),
+    List,
+    Enable {
+        name: String,
+    },
+    Disable {
+        name: String,
+    },
+    /// Remove an account and forget its key
+    Remove {
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct AccountArgs {
+    /// An endpoint of the configuration
+    #[arg(long)]
+    endpoint: String,
+    /// [default: the endpoint's name]
+    #[arg(long)]
+    name: Option<String>,
+    /// The variable that holds the key
+    #[arg(long, value_name = "VARIABLE")]
+    key_env: Option<String>,
+    /// Calls in flight at most [default: pool.concurrency of the configuration]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Instead of the endpoint's
+    #[arg(long)]
+    base_url: Option<String>,
+    /// Models it serves, separated by commas [default: all of its endpoint's]
+    #[arg(long, value_delimiter = ',')]
+    models: Option<Vec<String>>,
+    /// Its share of the calls, beside the others of its tier
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    weight: u32,
+    /// Lower tiers are used up first
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000))]
+    tier: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Check the configuration, file and environment
+    Check,
+}
+
+#[derive(Debug, Args)]
+pub struct UsageArgs {
+    #[arg(long)]
+    user: Option<String>,
+    #[arg(long)]
+    model: Option<String>,
+    /// Calls that began within so many hours
+    #[arg(long, value_name = "HOURS", value_parser = clap::value_parser!(u32).range(1..))]
+    hours: Option<u32>,
+    /// At most this many lines
+    #[arg(long, default_value_t = 100)]
+    limit: u32,
+}
+
+fn credit(text: &str) -> Result<i64, String> {
+    parse_nano(text).and_then(|nano| if nano < 0 { Err("it must not be below zero".into()) } else { Ok(nano) })
+}
+
+/// A key is no longer than this.
+const KEY_BYTES_MAX: u64 = 8 << 10;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// What a subcommand works on.
+pub struct Desk<'a> {
+    pub config: &'a Config,
+    pub store: &'a Store,
+    pub master: &'a MasterKey,
+    pub check_line: LineCheck,
+    pub json: bool,
+}
+
+impl Desk<'_> {
+    /// Runs a subcommand that is not `serve`; false when it found something wrong.
+    pub async fn run(&self, command: Command) -> Result<bool, Failure> {
+        let store = self.store;
+        match command {
+            Command::Serve => Err("serve is not a subcommand of the desk".into()),
+            Command::User(UserCommand::Add { name, balance, group }) => self.add_user(name, balance, group).await,
+            Command::User(UserCommand::List) => self.print(&show::users(store).await?),
+            Command::User(UserCommand::Show { name }) => self.print(&show::user(store, name).await?),
+            Command::User(UserCommand::Credit { name, amount, note }) => {
+                store.credit(name.clone(), amount, note).await?;
+                self.print(&show::user(store, name).await?)
+            }
+            Command::User(UserCommand::Freeze { name }) => self.freeze(name, true).await,
+            Command::User(UserCommand::Unfreeze { name }) => self.freeze(name, false).await,
+            Command::Key(KeyCommand::Add { user, name }) => self.add_key(user, name).await,
+            Command::Key(KeyCommand::List { user }) => self.print(&show::keys(store, user).await?),
+            Command::Key(KeyCommand::Revoke { id }) => {
+                store.revoke_key(id).await?;
+                self.done("revoked")
+            }
+            Command::Account(AccountCommand::Add(args)) => self.add_account(args).await,
+            Command::Account(AccountCommand::List) => self.print(&show::accounts(store).await?),
+            Command::Account(AccountCommand::Enable { name }) => {
+                store.set_account_enabled(name, true).await?;
+                self.done("enabled")
+            }
+            Command::Account(AccountCommand::Disable { name }) => {
+                store.set_account_enabled(name, false).await?;
+                self.done("disabled")
+            }
+            Command::Account(AccountCommand::Remove { name }) => {
+                store.remove_account(name).await?;
+                self.done("removed")
+            }
+            Command::Model(ModelCommand::List) => self.print(&show::models(self.config)),
+            Command::Usage(args) => self.print(&show::usage(store, args.filter()).await?),
+            Command::Audit => self.audit().await,
+            Command::Config(ConfigCommand::Check) => self.done("the configuration is good"),
+        }
+    }
+
+    async fn add_user(&self, name: String, balance: i64, group: String) -> Result<bool, Failure> {
+        let new = NewKey::random();
+        self.store.add_user(name.clone(), group, balance, Some((new.hash, new.hint))).await?;
+        self.print(&Listing::one(&["user", "key"], vec![name.into(), new.key.into()]))
+    }
+
+    async fn freeze(&self, name: String, frozen: bool) -> Result<bool, Failure> {
+        self.store.set_frozen(name.clone(), frozen).await?;
+        self.print(&show::user(self.store, name).await?)
+    }
+
+    async fn add_key(&self, user: String, name: String) -> Result<bool, Failure> {
+        let new = NewKey::random();
+        let id = self.store.add_key(user.clone(), new.hash, new.hint, name).await?;
+        self.print(&Listing::one(&["id", "user", "key"], vec![id.into(), user.into(), new.key.into()]))
+    }
+
+    async fn add_account(&self, args: AccountArgs) -> Result<bool, Failure> {
+        let AccountArgs { endpoint, name, key_env, limit, base_url, models, weight, tier } = args;
+        let Some(configured) = self.config.endpoints.get(&endpoint) else {
+            let known: Vec<&str> = self.config.endpoints.keys().map(String::as_str).collect();
+            return Err(format!("there is no endpoint '{endpoint}'; there are: {}", known.join(", ")).into());
+        };
+        if let Some(unknown) = models.iter().flatten().find(|model| !configured.models.contains(model)) {
+            return Err(format!("the endpoint '{endpoint}' does not serve the model '{unknown}'").into());
+        }
+        if let Some(url) = &base_url
+            && !(url.starts_with("http://") || url.starts_with("https://"))
+        {
+            return Err("--base-url must begin with http:// or https://".into());
+        }
+        let key = match key_env {
+            Some(variable) => std::env::var(&variable).map_err(|_| format!("the variable {variable} is not set"))?,
+            None => key_from_input()?,
+        };
+        let key = key.trim();
+        if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err("the key must be printable ASCII without spaces, and not empty".into());
+        }
+        let name = name.unwrap_or_else(|| endpoint.clone());
+        let account = NewAccount {
+            name: name.clone(),
+            endpoint: endpoint.clone(),
+            sealed_key: self.master.seal(key),
+            hint: hint(key),
+            base_url: base_url.map(|url| url.trim_end_matches('/').to_owned()),
+            models,
+            weight,
+            tier,
+            concurrency: limit,
+        };
+        let id = self.store.add_account(account).await?;
+        self.print(&Listing::one(&["id", "account", "endpoint"], vec![id.into(), name.into(), endpoint.into()]))
+    }
+
+    async fn audit(&self) -> Result<bool, Failure> {
+        let (listing, wrong) = show::audit(self.store, self.check_line).await?;
+        if self.json {
+            let findings: Value = wrong.iter().map(String::as_str).collect();
+            write(&serde_json::json!({ "users": listing.json(), "findings": findings }).to_string())?;
+        } else {
+            write(&listing.text())?;
+            for finding in &wrong {
+                write(&format!("WRONG: {finding}"))?;
+            }
+            if wrong.is_empty() {
+                write("Everything adds up.")?;
+            }
+        }
+        Ok(wrong.is_empty())
+    }
+
+    fn print(&self, listing: &Listing) -> Result<bool, Failure> {
+        write(&if self.json { listing.json().to_string() } else { listing.text() })?;
+        Ok(true)
+    }
+
+    fn done(&self, what: &'static str) -> Result<bool, Failure> {
+        write(&if self.json { serde_json::json!({ "done": what }).to_string() } else { what.to_owned() })?;
+        Ok(true)
+    }
+}
+
+impl UsageArgs {
+    fn filter(self) -> LineFilter {
+        let since_ms = self.hours.map(|hours| now_ms() - i64::from(hours) * 3_600_000);
+        LineFilter { user: self.user, model: self.model, since_ms, limit: self.limit }
+    }
+}
+
+/// A reader that has gone (`| head`) is an error like any other, and no panic.
+fn write(text: &str) -> io::Result<()> {
+    writeln!(io::stdout().lock(), "{text}")
+}
+
+/// Not an argument, which every user of the machine could read.
+fn key_from_input() -> io::Result<String> {
+    let mut key = String::new();
+    if io::stdin().is_terminal() {
+        eprint!("key: ");
+    }
+    io::stdin().lock().take(KEY_BYTES_MAX).read_line(&mut key)?;
+    Ok(key)
+}

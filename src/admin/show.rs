@@ -1,0 +1,192 @@
+//! What there is, as listings: read by the subcommands and by the API.
+
+use serde_json::Value;
+
+use super::listing::{Listing, moment};
+use crate::config::Config;
+use crate::config::decimal::Nano;
+use crate::store::{Audit, GroupRow, KeyRow, LineCheck, LineFilter, Store, StoreError, UserRow};
+
+fn amount(nano: i64) -> Value {
+    Nano(nano).to_string().into()
+}
+
+const USER: &[&str] = &["user", "balance", "frozen", "group", "created"];
+
+fn user_row(user: &UserRow, groups: &[GroupRow]) -> Vec<Value> {
+    let group = groups.iter().find(|group| group.id == user.group_id).map(|group| group.name.clone());
+    // What a node has leased is the user's as much as what is in the balance.
+    let balance = amount(user.balance_nano + user.leased_nano);
+    vec![user.name.clone().into(), balance, user.frozen.into(), group.into(), moment(user.created_ms)]
+}
+
+/// All users.
+pub async fn users(store: &Store) -> Result<Listing, StoreError> {
+    let (users, groups) = (store.users(None).await?, store.groups().await?);
+    Ok(Listing::list(USER, users.iter().map(|user| user_row(user, &groups)).collect()))
+}
+
+/// One user.
+pub async fn user(store: &Store, name: String) -> Result<Listing, StoreError> {
+    let (user, groups) = (store.user(name).await?, store.groups().await?);
+    Ok(Listing::one(USER, user_row(&user, &groups)))
+}
+
+/// Keys by their last four characters, all or one user's.
+pub async fn keys(store: &Store, of: Option<String>) -> Result<Listing, StoreError> {
+    let users = match of {
+        Some(name) => vec![store.user(name).await?],
+        None => store.users(None).await?,
+    };
+    let keys = store.keys(None).await?;
+    let row = |(user, key): (&UserRow, &KeyRow)| {
+        let ends = format!("…{}", key.hint);
+        let revoked = key.revoked_ms.map_or(Value::Null, moment);
+        vec![
+            key.id.into(),
+            user.name.clone().into(),
+            key.name.clone().into(),
+            ends.into(),
+            moment(key.created_ms),
+            key.expires_ms.map_or(Value::Null, moment),
+            revoked,
+        ]
+    };
+    let of_user = |key| users.iter().find(|user| user.id == KeyRow::user_id(key)).zip(Some(key));
+    let rows = keys.iter().filter_map(of_user).map(row).collect();
+    Ok(Listing::list(&["id", "user", "name", "key", "created", "expires", "revoked"], rows))
+}
+
+impl KeyRow {
+    fn user_id(&self) -> i64 {
+        self.user_id
+    }
+}
+
+/// All accounts, without their keys.
+pub async fn accounts(store: &Store) -> Result<Listing, StoreError> {
+    let rows = store.accounts().await?.into_iter().map(|account| {
+        vec![
+            account.name.into(),
+            account.endpoint.into(),
+            format!("…{}", account.hint).into(),
+            account.enabled.into(),
+            account.tier.into(),
+            account.weight.into(),
+            account.concurrency.into(),
+            account.models.into(),
+            account.base_url.into(),
+        ]
+    });
+    let columns = &["name", "endpoint", "key", "enabled", "tier", "weight", "concurrency", "models", "base_url"];
+    Ok(Listing::list(columns, rows.collect()))
+}
+
+/// Served models with their prices.
+pub fn models(config: &Config) -> Listing {
+    let rows = config.models.values().map(|model| {
+        let serving = config.endpoints.values().filter(|endpoint| endpoint.models.contains(&model.name));
+        let endpoints: Vec<String> = serving
+            .map(|endpoint| match endpoint.mapping.get(&model.name) {
+                Some(mapped) => format!("{} as {mapped}", endpoint.name),
+                None => endpoint.name.clone(),
+            })
+            .collect();
+        let price = model.price;
+        vec![
+            model.name.clone().into(),
+            amount(price.input_nano),
+            amount(price.cached_input_nano),
+            amount(price.output_nano),
+            amount(price.per_call_nano),
+            model.context.into(),
+            model.max_output.into(),
+            endpoints.into(),
+        ]
+    });
+    let columns =
+        &["model", "input", "cached_input", "output", "per_call", "context", "max_output", "endpoints"];
+    Listing::list(columns, rows.filter(|row| row[7] != Value::Array(vec![])).collect())
+}
+
+/// Lines, newest first.
+pub async fn usage(store: &Store, filter: LineFilter) -> Result<Listing, StoreError> {
+    let rows = store.lines(filter).await?.into_iter().map(|(user, line)| {
+        vec![
+            moment(line.started_ms),
+            user.into(),
+            line.model.into(),
+            line.endpoint.into(),
+            line.input.into(),
+            line.cached_input.into(),
+            line.output.into(),
+            line.billed.name().into(),
+            amount(line.charged_nano),
+            amount(line.absorbed_nano),
+            line.end_reason.name().into(),
+            line.status.into(),
+            line.tries.into(),
+            line.content_after_ms.into(),
+            line.duration_ms.into(),
+            line.request_id.into(),
+        ]
+    });
+    let columns = &[
+        "started",
+        "user",
+        "model",
+        "endpoint",
+        "input_tokens",
+        "cached_input_tokens",
+        "output_tokens",
+        "billed",
+        "charged",
+        "absorbed",
+        "end_reason",
+        "status",
+        "tries",
+        "content_after_ms",
+        "duration_ms",
+        "request_id",
+    ];
+    Ok(Listing::list(columns, rows.collect()))
+}
+
+/// The sums of every user; beside it what does not agree, nothing if all does.
+pub async fn audit(store: &Store, check: LineCheck) -> Result<(Listing, Vec<String>), StoreError> {
+    let audit = store.audit(check).await?;
+    let wrong = findings(&audit);
+    let rows = audit.users.iter().map(|user| {
+        vec![
+            user.name.clone().into(),
+            amount(user.entries_nano),
+            amount(user.charged_nano),
+            amount(user.balance_nano),
+            amount(user.leased_nano),
+            amount(user.difference_nano()),
+        ]
+    });
+    let total = |pick: fn(&crate::store::UserSums) -> i64| amount(audit.users.iter().map(pick).sum());
+    let all = vec![
+        format!("(all: {} lines, {} absorbed)", audit.lines, Nano(audit.absorbed_nano)).into(),
+        total(|user| user.entries_nano),
+        total(|user| user.charged_nano),
+        total(|user| user.balance_nano),
+        total(|user| user.leased_nano),
+        total(|user| user.difference_nano()),
+    ];
+    let columns = &["user", "credits", "charges", "balance", "leases", "difference"];
+    Ok((Listing::list(columns, rows.chain([all]).collect()), wrong))
+}
+
+fn findings(audit: &Audit) -> Vec<String> {
+    let mut wrong = audit.findings.clone();
+    for user in audit.users.iter().filter(|user| user.difference_nano() != 0) {
+        wrong.push(format!("user '{}': credits, charges, balance and leases do not add up", user.name));
+    }
+    let of_users: i64 = audit.users.iter().map(|user| user.charged_nano).sum();
+    if of_users != audit.charged_nano {
+        wrong.push("lines are charged to users that do not exist, or name a price that does not".into());
+    }
+    wrong
+}

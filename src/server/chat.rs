@@ -1,0 +1,71 @@
+//! Answers that this program gives itself, in the shape of a completion.
+
+use bytes::Bytes;
+use hyper::Response;
+use serde_json::{Value, json};
+
+use super::reply::{self, Reply};
+use super::{Gateway, Snapshot};
+use crate::error::Error;
+use crate::preprocess::Command;
+use crate::preprocess::command::{Facts, Needs};
+use crate::store::now_ms;
+use crate::upstream::Pieces;
+use crate::upstream::openai::{DONE, chunk_event};
+
+/// Runs a command and answers with its text: no upstream, no charge.
+pub async fn command(
+    gateway: &Gateway,
+    snapshot: &Snapshot,
+    command: &Command,
+    request_id: &str,
+) -> Result<Response<Reply>, Error> {
+    let balance_nano = match command.row.needs {
+        Needs::Nothing => 0,
+        Needs::Balance => gateway.ledger.balance_nano(command.key.user.id).await.map_err(|error| {
+            tracing::error!(%error, "a balance could not be read");
+            Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 }
+        })?,
+    };
+    let config = &snapshot.config;
+    let text = command.answer(&Facts {
+        language: config.language,
+        prefix: &config.commands.prefix,
+        currency: &config.currency,
+        balance_nano,
+    });
+    Ok(completion(command, &text, request_id))
+}
+
+/// A text as a completion, streamed or not, with a usage of zero.
+fn completion(command: &Command, text: &str, request_id: &str) -> Response<Reply> {
+    let usage = json!({ "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0 });
+    let answer = |object: &str, choices: Value| {
+        json!({ "id": format!("chatcmpl-{request_id}"), "object": object, "created": now_ms() / 1000,
+                "model": command.model, "choices": choices })
+    };
+    if !command.stream {
+        let message = json!({ "role": "assistant", "content": text, "refusal": null });
+        let mut whole = answer(
+            "chat.completion",
+            json!([{ "index": 0, "message": message, "logprobs": null, "finish_reason": "stop" }]),
+        );
+        whole["usage"] = usage;
+        return reply::json([whole.to_string().into()]);
+    }
+    let event = |delta: Value, finish: Value| {
+        let choices = json!([{ "index": 0, "delta": delta, "logprobs": null, "finish_reason": finish }]);
+        chunk_event(&answer("chat.completion.chunk", choices))
+    };
+    let mut events = vec![
+        event(json!({ "role": "assistant", "content": text }), Value::Null),
+        event(json!({}), "stop".into()),
+    ];
+    if command.include_usage {
+        let mut last = answer("chat.completion.chunk", json!([]));
+        last["usage"] = usage;
+        events.push(chunk_event(&last));
+    }
+    events.push(Bytes::from([b"data: ", DONE, b"\n\n"].concat()));
+    reply::stream(Reply::Whole(Pieces::new(events)))
+}

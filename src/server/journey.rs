@@ -1,0 +1,181 @@
+//! One request, from its head to its reply: every stage in the order in which it happens.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, HeaderMap};
+use hyper::http::request::Parts;
+use hyper::{Request, Response};
+
+use super::body::{self, Weight};
+use super::models;
+use super::relay::{Relay, Terms};
+use super::reply::{self, Reply};
+use super::route::{self, Route};
+use super::{Gateway, Snapshot, chat};
+use crate::error::Error;
+use crate::ledger::{Ask, Ended, OpenLine};
+use crate::preprocess::{self, Admitted, Call, Decision, World};
+use crate::request::Head;
+use crate::store::{EndReason, now_ms};
+use crate::upstream::{self, Answer, Whole};
+
+/// What came of asking the upstream, with the line to settle it on.
+pub struct Opened {
+    pub answer: Result<Answer, Error>,
+    pub line: OpenLine,
+}
+
+/// Answers one request. Never fails: what goes wrong is a reply.
+pub async fn answer(gateway: Arc<Gateway>, request: Request<Incoming>) -> Response<Reply> {
+    let begun = Instant::now();
+    let request_id = gateway.request_ids.next();
+    let (parts, body) = request.into_parts();
+    let result = walk(&gateway, &parts, body, &request_id).await;
+    let mut response = result.unwrap_or_else(|error| {
+        tracing::info!(request_id, error = error.row().name, fault = error.row().fault.name(), "refused");
+        reply::error(&error)
+    });
+    reply::finish(&mut response, &parts.headers, &request_id);
+    let (status, head_ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
+    tracing::info!(request_id, method = %parts.method, path = parts.uri.path(), status, head_ms, "answered");
+    response
+}
+
+async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -> Result<Response<Reply>, Error> {
+    let snapshot = gateway.snapshot.load_full();
+    let admit = || preprocess::admit(&world(gateway, &snapshot), presented(&parts.headers));
+    match route::of(&parts.method, parts.uri.path())? {
+        Route::Preflight => Ok(reply::preflight(&parts.headers)),
+        Route::Health => Ok(reply::text(hyper::StatusCode::OK, "ok\n")),
+        Route::Ready => gateway.ready().map(|()| reply::text(hyper::StatusCode::OK, "ready\n")),
+        Route::Models => Ok(models::list(&admit()?, &snapshot.catalog, &gateway.pool)),
+        Route::Model(name) => models::one(&admit()?, &snapshot.catalog, &gateway.pool, &name),
+        Route::Chat => chat_completion(gateway, &snapshot, parts, admit()?, body, id).await,
+    }
+}
+
+async fn chat_completion(
+    gateway: &Arc<Gateway>,
+    snapshot: &Snapshot,
+    parts: &Parts,
+    admitted: Admitted,
+    body: Incoming,
+    request_id: &str,
+) -> Result<Response<Reply>, Error> {
+    gateway.ready()?;
+    body::check_media_type(&parts.headers)?;
+    let server = &snapshot.config.server;
+    let progress = Duration::from_secs(server.body_timeout_s);
+    let (body, weight) = body::read(&gateway.bodies, body, server.body_bytes_max, progress).await?;
+    let head = Head::read(&body)?;
+    match preprocess::decide(&world(gateway, snapshot), admitted, head, body)? {
+        Decision::Answer(command) => chat::command(gateway, snapshot, &command, request_id).await,
+        Decision::Forward(call) => forward(gateway, snapshot, parts, call, weight, request_id).await,
+    }
+}
+
+/// Money, then an account, then the upstream, then the reply.
+async fn forward(
+    gateway: &Arc<Gateway>,
+    snapshot: &Snapshot,
+    parts: &Parts,
+    call: Call,
+    weight: Weight,
+    request_id: &str,
+) -> Result<Response<Reply>, Error> {
+    let line = gateway.ledger.open(ask_ledger(&call, parts, request_id)).await?;
+    let terms = terms(gateway, snapshot, &call, weight, request_id);
+    let (stream, head_within) = (call.head.stream, terms.keep_alive);
+    let mut opening = Box::pin(ask_upstream(gateway.clone(), call, line));
+    let opened = match stream {
+        false => opening.await,
+        true => match tokio::time::timeout(head_within, &mut opening).await {
+            Ok(opened) => opened,
+            // The head goes out; the relay waits on, and tries on.
+            Err(_) => return Ok(reply::stream(Reply::Stream(Box::new(Relay::opening(opening, terms))))),
+        },
+    };
+    let Opened { answer, line } = opened;
+    match answer {
+        Ok(Answer::Stream(frames)) => Ok(reply::stream(Reply::Stream(Box::new(Relay::streaming(frames, line, terms))))),
+        Ok(Answer::Whole(whole)) => Ok(settle_whole(whole, line).await),
+        Err(error) => {
+            line.end(Ended::failed(error.status()));
+            Err(error)
+        }
+    }
+}
+
+async fn ask_upstream(gateway: Arc<Gateway>, call: Call, mut line: OpenLine) -> Opened {
+    let user_id = call.key.user.id;
+    let ask = upstream::Ask { clamp: line.clamp(), model: call.model, head: call.head, body: call.body, user_id };
+    let called = |permit: &crate::pool::Permit| {
+        line.called(permit.account.id, &permit.offer.endpoint.name, &permit.offer.upstream_model);
+    };
+    let answer = gateway.upstream.open(&ask, called).await;
+    Opened { answer, line }
+}
+
+async fn settle_whole(whole: Whole, mut line: OpenLine) -> Response<Reply> {
+    line.prepare(whole.usage).await;
+    line.end(Ended {
+        reason: EndReason::Complete,
+        status: 200,
+        usage: whole.usage,
+        usage_invalid: whole.usage_invalid,
+        output: whole.output,
+        estimated: whole.estimated,
+        content: true,
+    });
+    reply::json(whole.pieces)
+}
+
+fn ask_ledger<'a>(call: &'a Call, parts: &'a Parts, request_id: &str) -> Ask<'a> {
+    let theirs = ["x-client-request-id", "x-request-id"].iter().find_map(|name| parts.headers.get(*name));
+    Ask {
+        key: &call.key,
+        model: &call.model,
+        model_asked: &call.head.model,
+        head: &call.head,
+        body: &call.body,
+        request_id: request_id.to_owned(),
+        client_request_id: theirs.and_then(|id| id.to_str().ok()),
+    }
+}
+
+fn terms(gateway: &Gateway, snapshot: &Snapshot, call: &Call, weight: Weight, request_id: &str) -> Terms {
+    Terms {
+        request_id: request_id.to_owned(),
+        model: call.model.name.clone(),
+        keep_alive: Duration::from_secs(snapshot.config.server.keep_alive_s),
+        silence_max: gateway.upstream.silence_max(),
+        total_max: gateway.upstream.total_max(),
+        _weight: weight,
+    }
+}
+
+fn world<'a>(gateway: &'a Gateway, snapshot: &'a Snapshot) -> World<'a> {
+    World { config: &snapshot.config, catalog: &snapshot.catalog, users: &gateway.users, now_ms: now_ms() }
+}
+
+/// The key as the client sent it: a bearer token, or `x-api-key` as some front ends do. Anything else in
+/// `Authorization` is a key that is not valid, however short.
+fn presented(headers: &HeaderMap) -> Option<String> {
+    let Some(authorization) = headers.get(AUTHORIZATION) else {
+        return headers.get("x-api-key").map(|key| String::from_utf8_lossy(key.as_bytes()).trim().to_owned());
+    };
+    let given = authorization.to_str().unwrap_or_default();
+    let token = match given.split_at_checked("Bearer ".len()) {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("Bearer ") => token,
+        _ => "",
+    };
+    Some(token.trim().to_owned())
+}
+
+/// A reply in one piece.
+pub(super) fn whole(body: impl Into<Bytes>) -> Response<Reply> {
+    reply::json([body.into()])
+}

@@ -1,0 +1,210 @@
+//! Accepts sockets, walks each request through the stages, and stops in order.
+
+mod accept;
+mod body;
+mod chat;
+mod guard;
+mod journey;
+mod models;
+mod relay;
+mod reply;
+mod route;
+mod tls;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::catalog::Catalog;
+use crate::config::Config;
+use crate::error::Error;
+use crate::ledger::Ledger;
+use crate::meter::Vocabulary;
+use crate::pool::Pool;
+use crate::store::{Change, MasterKey, Store, StoreError, random};
+use crate::telemetry::RequestIds;
+use crate::upstream::{self, Client, Upstream};
+use crate::users::Users;
+
+/// Changes that an operator made are seen this often.
+const CHANGES_EVERY: Duration = Duration::from_millis(400);
+/// What the ledger may take to settle calls that were cut off.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
+
+/// Everything that requests share.
+pub struct Gateway {
+    snapshot: ArcSwap<Snapshot>,
+    users: Users,
+    pool: Arc<Pool>,
+    upstream: Upstream,
+    ledger: Arc<Ledger>,
+    bodies: Arc<body::Bodies>,
+    request_ids: RequestIds,
+    draining: AtomicBool,
+}
+
+/// What changes only as a whole; a request keeps the one that it began with.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub config: Config,
+    pub catalog: Catalog,
+}
+
+impl Gateway {
+    /// Whether new calls are taken.
+    fn ready(&self) -> Result<(), Error> {
+        if self.draining.load(Ordering::Acquire) {
+            return Err(Error::Draining);
+        }
+        self.ledger.ready().map_err(|reason| Error::NodeUnavailable { reason, retry_after_s: 5 })
+    }
+}
+
+/// A server that listens.
+pub struct Server {
+    gateway: Arc<Gateway>,
+    store: Store,
+    master: MasterKey,
+    http: Option<TcpListener>,
+    https: Option<(TcpListener, tls::Certificate)>,
+    changes: i64,
+}
+
+/// Why a server does not start; a sentence for the operator.
+pub type StartError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Server {
+    /// Settles what earlier processes left, reads what the store has, and listens.
+    pub async fn start(config: Config, store: Store, master: MasterKey) -> Result<Server, StartError> {
+        let http = match config.server.http {
+            Some(address) => Some(accept::bind(address).await?),
+            None => None,
+        };
+        let certificate = tls::Certificate::load(&config.server.tls_cert, &config.server.tls_key)?;
+        let https = match certificate.zip(config.server.https) {
+            Some((certificate, address)) => Some((accept::bind(address).await?, certificate)),
+            None => None,
+        };
+        let journals = config.data_dir.join("journal");
+        let ledger =
+            Ledger::start(store.clone(), &journals, config.ledger.journal_bytes_max, config.ledger.on_low_balance);
+        let ledger = ledger.await?;
+        let changes = store.change_sequence().await?; // before anything is read, so that no change is missed
+        let catalog = Catalog::load(&config, &store).await?;
+        warm(&catalog).await;
+        let pool = Pool::new(config.pool.clone());
+        pool.reload(&store, &master, &keyless(&config)).await?;
+        let client = Client::new(Duration::from_secs(config.upstream.connect_timeout_s))?;
+        let gateway = Arc::new(Gateway {
+            users: Users::load(&store).await?,
+            upstream: Upstream::new(client, pool.clone(), config.upstream.clone(), config.retry.clone()),
+            pool,
+            ledger,
+            bodies: body::Bodies::of_machine(),
+            request_ids: RequestIds::new(random()),
+            draining: AtomicBool::new(false),
+            snapshot: ArcSwap::from_pointee(Snapshot { config, catalog }),
+        });
+        Ok(Server { gateway, store, master, http, https, changes })
+    }
+
+    /// Where it listens for plain HTTP.
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.http.as_ref().and_then(|listener| listener.local_addr().ok())
+    }
+
+    /// Where it listens for HTTPS.
+    pub fn https_address(&self) -> Option<SocketAddr> {
+        self.https.as_ref().and_then(|(listener, _)| listener.local_addr().ok())
+    }
+
+    /// Serves until `stop` is ready; then lets calls finish within the configured time, settles, and returns.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
+        let Server { gateway, store, master, http, https, changes } = self;
+        let config = gateway.snapshot.load_full();
+        let graceful = Arc::new(GracefulShutdown::new());
+        let (abort, aborted) = watch::channel(false);
+        let bounds = accept::Bounds::new(&config.config.server);
+        let door = accept::Door { gateway: gateway.clone(), bounds, abort: aborted };
+
+        let mut tasks = tokio::task::JoinSet::new();
+        if let Some(listener) = http {
+            tasks.spawn(accept::accept(listener, None, door.clone(), graceful.clone()));
+        }
+        if let Some((listener, certificate)) = https {
+            tasks.spawn(certificate.clone().keep());
+            tasks.spawn(accept::accept(listener, Some(certificate), door, graceful.clone()));
+        }
+        let books = tokio::spawn(gateway.ledger.clone().keep());
+        let watching = tokio::spawn(watch_changes(gateway.clone(), store, master, changes));
+        stop.await;
+
+        let patience = Duration::from_secs(config.config.server.drain_s);
+        tracing::info!(open = gateway.ledger.open_lines(), ?patience, "draining");
+        tasks.shutdown().await; // the doors close
+        gateway.draining.store(true, Ordering::Release);
+        let graceful = Arc::into_inner(graceful).expect("the doors had the other ones");
+        if tokio::time::timeout(patience, graceful.shutdown()).await.is_err() {
+            gateway.ledger.cut_off();
+            abort.send_replace(true);
+        }
+        let stopped = gateway.ledger.stop(SETTLE_MAX).await;
+        books.abort();
+        watching.abort();
+        stopped
+    }
+}
+
+fn keyless(config: &Config) -> Vec<String> {
+    let keyless = config.endpoints.values().filter(|endpoint| upstream::is_keyless(&endpoint.dialect));
+    keyless.map(|endpoint| endpoint.name.clone()).collect()
+}
+
+/// Loads the vocabularies before the first request waits for them.
+async fn warm(catalog: &Catalog) {
+    let mut vocabularies: Vec<Vocabulary> = catalog.iter().map(|model| model.vocabulary).collect();
+    vocabularies.dedup();
+    let loading = tokio::task::spawn_blocking(move || vocabularies.into_iter().for_each(Vocabulary::warm));
+    if loading.await.is_err() {
+        tracing::error!("a vocabulary could not be loaded");
+    }
+}
+
+/// Applies what operators change beside the server, until it is aborted.
+async fn watch_changes(gateway: Arc<Gateway>, store: Store, master: MasterKey, mut sequence: i64) {
+    let mut ticks = tokio::time::interval(CHANGES_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        match apply_changes(&gateway, &store, &master, sequence).await {
+            Ok(newest) => sequence = newest,
+            Err(error) => tracing::error!(%error, "changes could not be read; they are tried again"),
+        }
+    }
+}
+
+async fn apply_changes(
+    gateway: &Gateway,
+    store: &Store,
+    master: &MasterKey,
+    sequence: i64,
+) -> Result<i64, StoreError> {
+    let (newest, changes) = store.changes_since(sequence).await?;
+    for change in &changes {
+        match change {
+            Change::Account => {
+                let keyless = keyless(&gateway.snapshot.load().config);
+                gateway.pool.reload(store, master, &keyless).await?;
+            }
+            Change::Balance(user_id) => gateway.ledger.balance_changed(*user_id),
+            change => gateway.users.apply(store, change).await?,
+        }
+    }
+    Ok(newest)
+}

@@ -1,0 +1,424 @@
+//! The body of a streamed reply: hands frames on, holds money for them, and settles the call at whichever end comes.
+//!
+//! It owns the answer, the permit within it and the open line; hang-up, error and normal end all go through its drop.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame as BodyFrame};
+use serde_json::json;
+use tokio::time::{Instant, Sleep};
+
+use super::body::Weight;
+use super::journey::Opened;
+use crate::error::Error;
+use crate::ledger::{Ended, OpenLine, SLICE_TOKENS};
+use crate::store::EndReason;
+use crate::upstream::openai::{DONE, chunk_event};
+use crate::upstream::{Answer, Broken, Frame, Frames, Place};
+
+/// Goes out between two events of a silent stream. One line feed: a blank line behind a comment breaks a few old SDKs.
+const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n");
+/// From this close to the end of what is held the exact count is kept, so that a cut is charged to the token.
+const NEAR_TOKENS: u64 = SLICE_TOKENS / 2;
+
+/// Breaks the connection: what the client has is not the whole answer.
+#[derive(Debug)]
+pub struct Broke;
+
+impl std::fmt::Display for Broke {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the answer is not whole")
+    }
+}
+
+impl std::error::Error for Broke {}
+
+/// What a relay has to know beside the answer.
+#[derive(Debug)]
+pub struct Terms {
+    pub request_id: String,
+    /// The model's name as the client knows it.
+    pub model: String,
+    pub keep_alive: Duration,
+    pub silence_max: Duration,
+    pub total_max: Duration,
+    /// Counts the request's body as in flight for as long as the relay lives.
+    pub _weight: Weight,
+}
+
+type Opening = Pin<Box<dyn Future<Output = Opened> + Send>>;
+type Asking = Pin<Box<dyn Future<Output = ()> + Send>>;
+type Preparing = Pin<Box<dyn Future<Output = OpenLine> + Send>>;
+
+/// The streamed reply.
+pub struct Relay {
+    phase: Phase,
+    terms: Terms,
+    out: VecDeque<Bytes>,
+    /// A span of the chunk at hand that grows as long as untouched frames follow each other.
+    span: Option<Range<usize>>,
+    content: bool,
+    /// Output tokens handed over, as of the last exact count.
+    output: u64,
+    begun: Instant,
+    last_chunk: Instant,
+    quiet: Pin<Box<Sleep>>,
+}
+
+enum Phase {
+    /// The head went out before the answer began.
+    Opening(Opening),
+    Streaming(Box<Frames>, OpenLine),
+    /// A frame waits for the money of its tokens.
+    Asking(Box<Frames>, OpenLine, Asking, Frame),
+    /// A long prompt is counted before the last bytes go out.
+    Preparing(Box<Frames>, Preparing, EndReason),
+    /// What is in `out` goes out, then the body ends well.
+    Ending,
+    /// What is in `out` goes out, is flushed, then the connection breaks.
+    Breaking { flushed: bool },
+    Over,
+}
+
+impl Relay {
+    /// A relay whose answer has begun.
+    pub fn streaming(frames: Box<Frames>, line: OpenLine, terms: Terms) -> Relay {
+        Relay::new(Phase::Streaming(frames, line), terms)
+    }
+
+    /// A relay whose answer has not begun, although the head must go out.
+    pub fn opening(opening: Opening, terms: Terms) -> Relay {
+        let mut relay = Relay::new(Phase::Opening(opening), terms);
+        relay.out.push_back(KEEP_ALIVE);
+        relay
+    }
+
+    fn new(phase: Phase, terms: Terms) -> Relay {
+        let now = Instant::now();
+        Relay {
+            phase,
+            out: VecDeque::new(),
+            span: None,
+            content: false,
+            output: 0,
+            begun: now,
+            last_chunk: now,
+            quiet: Box::pin(tokio::time::sleep(terms.keep_alive)),
+            terms,
+        }
+    }
+
+    /// Does what can be done; `Ready` when there is something in `out` or the body is over.
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            if !self.out.is_empty() && !matches!(self.phase, Phase::Streaming(..) | Phase::Preparing(..)) {
+                return Poll::Ready(());
+            }
+            match std::mem::replace(&mut self.phase, Phase::Over) {
+                Phase::Opening(mut opening) => match opening.as_mut().poll(cx) {
+                    Poll::Ready(opened) => self.opened(opened),
+                    Poll::Pending => {
+                        self.phase = Phase::Opening(opening);
+                        return self.keep_alive(cx, true);
+                    }
+                },
+                Phase::Streaming(mut frames, line) => match frames.next_frame() {
+                    Some(frame) => self.take(cx, frames, line, frame),
+                    None => {
+                        self.flush_span(&frames);
+                        if !self.out.is_empty() {
+                            self.phase = Phase::Streaming(frames, line);
+                            return Poll::Ready(());
+                        }
+                        let polled = frames.poll_chunk(cx);
+                        let at_boundary = frames.at_boundary();
+                        match polled {
+                            Poll::Ready(Some(Ok(()))) => {
+                                self.last_chunk = Instant::now();
+                                self.phase = Phase::Streaming(frames, line);
+                            }
+                            Poll::Ready(Some(Err(broken))) => self.broken(frames, line, broken),
+                            Poll::Ready(None) => self.upstream_ended(frames, line),
+                            Poll::Pending => {
+                                self.phase = Phase::Streaming(frames, line);
+                                return self.keep_alive(cx, at_boundary);
+                            }
+                        }
+                    }
+                },
+                Phase::Asking(frames, line, mut asking, frame) => match asking.as_mut().poll(cx) {
+                    Poll::Pending => {
+                        self.phase = Phase::Asking(frames, line, asking, frame);
+                        return Poll::Pending;
+                    }
+                    Poll::Ready(()) => self.take_after_asking(cx, frames, line, frame),
+                },
+                Phase::Preparing(frames, mut preparing, reason) => match preparing.as_mut().poll(cx) {
+                    Poll::Pending => {
+                        self.phase = Phase::Preparing(frames, preparing, reason);
+                        return Poll::Pending;
+                    }
+                    Poll::Ready(line) => self.end(frames, line, reason),
+                },
+                Phase::Ending => return Poll::Ready(()),
+                Phase::Breaking { flushed } => {
+                    self.phase = Phase::Breaking { flushed: true };
+                    if flushed {
+                        return Poll::Ready(());
+                    }
+                    // A pause of one poll, in which the server writes what it has; an error at once would throw it away.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Phase::Over => return Poll::Ready(()),
+            }
+        }
+    }
+
+    fn opened(&mut self, opened: Opened) {
+        let Opened { answer, line } = opened;
+        self.last_chunk = Instant::now();
+        match answer {
+            Ok(Answer::Stream(frames)) => self.phase = Phase::Streaming(frames, line),
+            // A stream was asked for, so a whole answer is never opened.
+            Ok(Answer::Whole(_)) => self.fail(line, &Error::Internal),
+            Err(error) => self.fail(line, &error),
+        }
+    }
+
+    /// Hands a frame on if its tokens are paid for, and if what a crash would charge is written down.
+    fn take(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
+        if !line.covers(frames.output_at_most()) {
+            let output = frames.output();
+            while !line.covers(output) {
+                if !line.take_slice(output) {
+                    self.flush_span(&frames);
+                    let asking = Box::pin(line.slice_from_store());
+                    self.phase = Phase::Asking(frames, line, asking, frame);
+                    return;
+                }
+            }
+        }
+        self.release(cx, frames, line, frame);
+    }
+
+    fn take_after_asking(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
+        let output = frames.output();
+        while !line.covers(output) {
+            if !line.take_slice(output) {
+                return self.cut(frames, line);
+            }
+        }
+        self.release(cx, frames, line, frame);
+    }
+
+    fn release(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
+        if frame.failed {
+            return self.broken(frames, line, Broken::Cut);
+        }
+        let first = frame.content && !self.content;
+        if first || frame.finish || !line.covers(frames.output_at_most() + NEAR_TOKENS) {
+            self.output = frames.output();
+        }
+        if (first || frame.finish) && !line.mark(self.output) {
+            return self.cut(frames, line);
+        }
+        self.content |= frame.content;
+        match frame.place {
+            Place::Span(span) => match &mut self.span {
+                Some(open) if open.end == span.start => open.end = span.end,
+                _ => {
+                    self.flush_span(&frames);
+                    self.span = Some(span);
+                }
+            },
+            Place::Pieces(pieces) => {
+                self.flush_span(&frames);
+                self.out.extend(pieces);
+            }
+            Place::Removed => {}
+        }
+        if frame.done {
+            self.flush_span(&frames);
+            frames.finish(cx);
+            return self.prepare(frames, line, EndReason::Complete);
+        }
+        self.phase = Phase::Streaming(frames, line);
+    }
+
+    fn flush_span(&mut self, frames: &Frames) {
+        if let Some(span) = self.span.take() {
+            self.out.push_back(frames.slice(span));
+        }
+    }
+
+    /// The upstream's body ended: well, if the answer is whole.
+    fn upstream_ended(&mut self, mut frames: Box<Frames>, line: OpenLine) {
+        let tail = frames.tail();
+        if !frames.is_complete() {
+            return self.broken(frames, line, Broken::Cut);
+        }
+        if let Some(Frame { place: Place::Pieces(pieces), .. }) = tail {
+            self.out.extend(pieces);
+        }
+        self.prepare(frames, line, EndReason::Complete);
+    }
+
+    /// The money is used up: ends the stream as a model does that reached its bound, and says why.
+    fn cut(&mut self, frames: Box<Frames>, line: OpenLine) {
+        self.flush_span(&frames);
+        let id = format!("chatcmpl-{}", self.terms.request_id);
+        let chunk = |choices: serde_json::Value, usage: serde_json::Value| {
+            chunk_event(&json!({ "id": id, "object": "chat.completion.chunk", "created": crate::store::now_ms() / 1000,
+                                 "model": self.terms.model, "choices": choices, "usage": usage }))
+        };
+        let choices = |choice: u32| json!([{ "index": choice, "delta": {}, "finish_reason": "length" }]);
+        let mut ending = vec![Bytes::from_static(b": gpt-cat: the balance is used up\n")];
+        ending.extend(frames.unfinished().map(|choice| chunk(choices(choice), serde_json::Value::Null)));
+        ending.push([b"data: ", DONE, b"\n\n"].concat().into());
+        self.out.extend(ending);
+        // What came after the cut is not handed over; `output` is the count before it.
+        self.prepare(frames, line, EndReason::Length);
+    }
+
+    /// The upstream failed after the head went out: one error event, then the connection breaks.
+    fn broken(&mut self, mut frames: Box<Frames>, line: OpenLine, broken: Broken) {
+        self.flush_span(&frames);
+        self.output = frames.output();
+        let reason = match broken {
+            Broken::FirstByte => "it fell silent",
+            _ => "its stream broke off",
+        };
+        let ended = self.ended(&frames, EndReason::UpstreamError);
+        line.end(ended);
+        self.error_event(&Error::UpstreamFailed { reason });
+        self.phase = Phase::Breaking { flushed: false };
+    }
+
+    /// No answer at all, after the head went out.
+    fn fail(&mut self, line: OpenLine, error: &Error) {
+        line.end(Ended::failed(200));
+        self.error_event(error);
+        self.phase = Phase::Breaking { flushed: false };
+    }
+
+    fn error_event(&mut self, error: &Error) {
+        let body = error.body_json();
+        self.out.push_back([b"data: ", &body[..], b"\n\n"].concat().into());
+    }
+
+    fn prepare(&mut self, mut frames: Box<Frames>, mut line: OpenLine, reason: EndReason) {
+        if reason == EndReason::Complete {
+            self.output = frames.output();
+        }
+        let usage = frames.usage();
+        if line.needs_time(usage) {
+            let preparing = Box::pin(async move {
+                line.prepare(usage).await;
+                line
+            });
+            self.phase = Phase::Preparing(frames, preparing, reason);
+            return;
+        }
+        self.end(frames, line, reason);
+    }
+
+    /// END is in the kernel before the last bytes leave.
+    fn end(&mut self, frames: Box<Frames>, line: OpenLine, reason: EndReason) {
+        let ended = self.ended(&frames, reason);
+        line.end(ended);
+        self.phase = Phase::Ending;
+    }
+
+    fn ended(&self, frames: &Frames, reason: EndReason) -> Ended {
+        Ended {
+            reason,
+            status: 200,
+            usage: frames.usage().filter(|_| reason == EndReason::Complete),
+            usage_invalid: frames.usage_invalid(),
+            output: self.output,
+            estimated: frames.is_estimated(),
+            content: self.content,
+        }
+    }
+
+    /// Nothing came: a comment when that has lasted, an end when it has lasted too long.
+    fn keep_alive(&mut self, cx: &mut Context<'_>, at_boundary: bool) -> Poll<()> {
+        ready!(self.quiet.as_mut().poll(cx));
+        let now = Instant::now();
+        let since = self.last_chunk + self.terms.keep_alive;
+        if now < since {
+            // Chunks have come since it was set: setting it again for each of them would cost more than this.
+            self.quiet.as_mut().reset(since);
+            return self.quiet.as_mut().poll(cx);
+        }
+        let silent = now - self.last_chunk >= self.terms.silence_max;
+        let overlong = now - self.begun >= self.terms.total_max;
+        if (silent || overlong)
+            && let Phase::Streaming(..) = &self.phase
+            && let Phase::Streaming(frames, line) = std::mem::replace(&mut self.phase, Phase::Over)
+        {
+            self.broken(frames, line, Broken::FirstByte);
+            return Poll::Ready(());
+        }
+        self.quiet.as_mut().reset(now + self.terms.keep_alive);
+        if at_boundary {
+            self.out.push_back(KEEP_ALIVE);
+            return Poll::Ready(());
+        }
+        self.quiet.as_mut().poll(cx)
+    }
+}
+
+impl Body for Relay {
+    type Data = Bytes;
+    type Error = Broke;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<BodyFrame<Bytes>, Broke>>> {
+        loop {
+            // While the end is being prepared `out` has the last bytes: they wait for END.
+            if !matches!(self.phase, Phase::Preparing(..))
+                && let Some(bytes) = self.out.pop_front()
+            {
+                if bytes.is_empty() {
+                    continue;
+                }
+                return Poll::Ready(Some(Ok(BodyFrame::data(bytes))));
+            }
+            ready!(self.advance(cx));
+            if self.out.is_empty() {
+                return match self.phase {
+                    Phase::Breaking { .. } => {
+                        self.phase = Phase::Over;
+                        Poll::Ready(Some(Err(Broke)))
+                    }
+                    _ => Poll::Ready(None),
+                };
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.phase, Phase::Over | Phase::Ending) && self.out.is_empty()
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // The client left. What was handed to its connection is billed; a frame that waits for money was not.
+        match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Streaming(mut frames, mut line) if self.content => {
+                line.handed_over(frames.output(), frames.is_estimated());
+            }
+            Phase::Asking(frames, mut line, _, _) if self.content => {
+                line.handed_over(self.output, frames.is_estimated());
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Whole journeys over real sockets: a client, a gateway in this process, and a scripted upstream.
+//!
+//! Every journey ends with the node's books adding up and no lease left ([`Node::finish`]).
+
+mod faults;
+mod money;
+mod node;
+mod upstream;
+mod wire;

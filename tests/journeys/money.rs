@@ -1,0 +1,239 @@
+//! Holds, slices, cuts, charges: what a call costs, whatever its end.
+
+use std::time::Duration;
+
+use crate::node::{INPUT_NANO, KEY, OUTPUT_NANO, Setup, asking, post, streaming};
+use crate::upstream::{Act, DONE, Upstream, chunk, completion, finish, stream, stream_end, stream_head, text, usage, whole};
+use serde_json::json;
+
+#[tokio::test]
+async fn the_upstreams_usage_is_billed_and_the_count_is_stored_beside_it() {
+    let upstream = Upstream::start(|_, _| stream(&[text("Hello world"), finish(), usage(12, 3), DONE.into()].concat())).await;
+    let node = Setup::at(&upstream).start().await;
+    let reply = node.chat(&streaming("")).await;
+    assert!(!reply.text().contains("usage"), "the client did not ask for it");
+    let line = &node.lines(1).await[0];
+    assert_eq!((line.billed.name(), line.input, line.output, line.counted_output), ("usage", 12, 3, Some(2)));
+    assert_eq!(line.charged_nano, 12 * INPUT_NANO + 3 * OUTPUT_NANO);
+    assert!(line.content_after_ms.is_some());
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_usage_that_cannot_be_is_not_billed_and_is_flagged() {
+    for (input, output) in [(12, 30_000), (1_000_000, 3), (-5, 3)] {
+        let events = [text("Hello world"), finish(), usage(input, output), DONE.into()].concat();
+        let upstream = Upstream::start(move |_, _| stream(&events)).await;
+        let node = Setup::at(&upstream).start().await;
+        node.chat(&streaming("")).await;
+        let line = &node.lines(1).await[0];
+        assert_eq!((line.billed.name(), line.output, line.flagged), ("count", 2, true), "{input} {output}");
+        assert!(line.input > 5 && line.input < 30, "{line:?}");
+        node.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_in_one_piece_is_billed_by_its_usage() {
+    let upstream = Upstream::start(|_, _| whole(200, &completion("Hello world", 12, 2))).await;
+    let node = Setup::at(&upstream).start().await;
+    assert_eq!(node.chat(&asking("")).await.json()["usage"]["prompt_tokens"], 12);
+    let line = &node.lines(1).await[0];
+    assert_eq!((line.end_reason.name(), line.charged_nano), ("complete", 12 * INPUT_NANO + 2 * OUTPUT_NANO));
+    assert_eq!(line.charged_nano, 1_000_000_000 - node.balance_nano().await);
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_cancels_the_upstream_and_pays_for_what_it_got() {
+    let upstream =
+        Upstream::start(|_, _| vec![stream_head(), chunk(text("Hello")), chunk(text(" world")), Act::AwaitClose]).await;
+    let node = Setup::at(&upstream).start().await;
+    let mut connection = node.send(&post(KEY, &streaming(""))).await;
+    connection.read_until("world").await;
+    drop(connection);
+    upstream.saw_close().await;
+    let line = &node.lines(1).await[0];
+    assert_eq!((line.end_reason.name(), line.output, line.billed.name()), ("client_gone", 2, "count"));
+    assert_eq!(line.charged_nano, line.input as i64 * INPUT_NANO + 2 * OUTPUT_NANO);
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_before_content_pays_nothing_and_the_risk_is_shown() {
+    let upstream = Upstream::start(|_, _| vec![Act::AwaitClose]).await;
+    let node = Setup::at(&upstream).start().await;
+    for body in [asking(""), streaming("")] {
+        let connection = node.send(&post(KEY, &body)).await;
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        drop(connection);
+        upstream.saw_close().await;
+    }
+    for line in node.lines(2).await {
+        assert_eq!((line.end_reason.name(), line.charged_nano, line.estimated), ("client_gone", 0, true));
+        assert!(line.absorbed_nano > 0);
+    }
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn concurrent_calls_never_overdraw_a_balance() {
+    // Each call: 100 tokens of output at most, all used, and a prompt of 12. The balance is worth exactly ten.
+    let each = 12 * INPUT_NANO + 100 * OUTPUT_NANO;
+    let words = " word".repeat(100);
+    let streamed = [text(&words), finish(), usage(12, 100), DONE.into()].concat();
+    let whole_answer = completion(&words, 12, 100);
+    let upstream = Upstream::start(move |_, seen| match seen.json()["stream"] == json!(true) {
+        true => vec![Act::Pause(Duration::from_millis(100))].into_iter().chain(stream(&streamed)).collect(),
+        false => vec![Act::Pause(Duration::from_millis(100))].into_iter().chain(whole(200, &whole_answer)).collect(),
+    })
+    .await;
+    let setup = Setup::at(&upstream).balance_nano(10 * each).accounts(&[("first", 1000)]);
+    let node = std::sync::Arc::new(setup.with("[ledger]\non_low_balance = \"refuse\"\n").start().await);
+    let calls: Vec<_> = (0..200)
+        .map(|number| {
+            let node = node.clone();
+            let body = if number % 2 == 0 { asking(r#","max_tokens":100"#) } else { streaming(r#","max_tokens":100"#) };
+            tokio::spawn(async move { node.chat(&body).await.status })
+        })
+        .collect();
+    let mut completed = 0;
+    for call in calls {
+        match call.await.unwrap() {
+            200 => completed += 1,
+            status => assert_eq!(status, 429),
+        }
+    }
+    assert_eq!(upstream.seen().len(), completed, "a refused call never reaches the upstream");
+    // A prompt is held by its exact count where its bound does not fit, so the last ones may find a few tokens missing.
+    assert!((9..=10).contains(&completed), "{completed} calls completed");
+    node.lines(completed).await;
+    assert_eq!(node.balance_nano().await, (10 - completed as i64) * each);
+    std::sync::Arc::into_inner(node).unwrap().finish().await;
+}
+
+#[tokio::test]
+async fn a_stream_takes_slices_as_it_flows_and_ends_with_length_when_the_money_does() {
+    // 256 tokens are held at first; the balance is worth about 600 of output.
+    let events: Vec<Act> = (0..1000).map(|_| chunk(text(" word"))).collect();
+    let upstream = Upstream::start(move |_, _| [vec![stream_head()], events.clone(), vec![Act::AwaitClose]].concat()).await;
+    let node = Setup::at(&upstream).balance_nano(100 * INPUT_NANO + 600 * OUTPUT_NANO).start().await;
+    let reply = node.chat(&streaming("")).await;
+    assert!(reply.whole && reply.text().ends_with(DONE), "a client sees a whole stream");
+    assert!(reply.text().contains(r#""finish_reason":"length""#));
+    assert!(reply.text().contains(": gpt-cat: the balance is used up\n"));
+    upstream.saw_close().await;
+    let line = &node.lines(1).await[0];
+    let words = reply.said().matches("word").count() as u64;
+    assert_eq!((line.end_reason.name(), line.output), ("length", words));
+    assert!((512..=600).contains(&words), "{words}");
+    assert_eq!(line.absorbed_nano, 0);
+    assert_eq!(node.balance_nano().await, 100 * INPUT_NANO + 600 * OUTPUT_NANO - line.charged_nano);
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_call_that_the_balance_covers_in_part_is_clamped_when_it_is_alone() {
+    let upstream = Upstream::start(|_, _| whole(200, &completion("Hello", 12, 1))).await;
+    let node = Setup::at(&upstream).balance_nano(50 * INPUT_NANO + 50 * OUTPUT_NANO).start().await;
+    assert_eq!(node.chat(&asking(r#","max_tokens":1000"#)).await.status, 200);
+    let forwarded = upstream.seen()[0].json()["max_tokens"].as_u64().unwrap();
+    assert!((50..80).contains(&forwarded), "{forwarded}");
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_call_that_cannot_be_held_is_refused_before_the_upstream_is_called() {
+    let upstream = Upstream::start(|_, _| vec![]).await;
+    let setup = Setup::at(&upstream).balance_nano(50 * INPUT_NANO + 50 * OUTPUT_NANO);
+    let node = setup.with("[ledger]\non_low_balance = \"refuse\"\n").start().await;
+    let reply = node.chat(&asking(r#","max_tokens":1000"#)).await;
+    assert_eq!((reply.status, reply.json()["error"]["code"].as_str()), (429, Some("insufficient_quota")));
+    assert!(upstream.seen().is_empty());
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_long_prompt_is_counted_when_its_bound_does_not_fit_and_when_there_is_no_usage() {
+    let prompt = "All work and no play makes Jack a dull boy. ".repeat(2000); // 88,000 bytes, 22,000 tokens
+    let upstream = Upstream::start(|_, _| stream(&[text("Hello"), finish(), DONE.into()].concat())).await;
+    let node = Setup::at(&upstream).balance_nano(30_000 * INPUT_NANO).start().await;
+    let body = json!({ "model": "m", "stream": true, "max_tokens": 20, "messages": [{ "role": "user", "content": prompt }] });
+    let reply = node.chat(&body.to_string()).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    let line = &node.lines(1).await[0];
+    assert!((20_000..25_000).contains(&line.input), "{}", line.input);
+    assert_eq!(line.counted_input, Some(line.input));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_model_that_bills_unseen_output_is_held_in_full() {
+    let upstream = Upstream::start(|_, _| vec![]).await;
+    let setup = Setup::at(&upstream).replacing("[models.hidden]", "[models.hidden]\nbills_unseen = true\nmax_output = 10000");
+    let node = setup.balance_nano(100 * INPUT_NANO + 9_000 * OUTPUT_NANO).start().await;
+    let body = streaming("").replace(r#""model":"m""#, r#""model":"hidden""#);
+    assert_eq!(node.chat(&body).await.status, 429);
+    assert!(upstream.seen().is_empty());
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn reasoning_that_was_not_shown_is_billed_by_the_upstreams_usage() {
+    let last = json!({ "id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [],
+        "usage": { "prompt_tokens": 10, "completion_tokens": 900, "total_tokens": 910,
+                   "completion_tokens_details": { "reasoning_tokens": 898 } } });
+    let events = [text("Hello world"), finish(), format!("data: {last}\n\n"), DONE.into()].concat();
+    let upstream = Upstream::start(move |_, _| stream(&events)).await;
+    let node = Setup::at(&upstream).start().await;
+    node.chat(&streaming("")).await;
+    let line = &node.lines(1).await[0];
+    assert_eq!((line.billed.name(), line.output, line.usage_reasoning), ("usage", 900, Some(898)));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn what_goes_beyond_hold_and_room_is_absorbed() {
+    // The upstream bills 40 tokens more than it showed, which the balance does not have.
+    let upstream = Upstream::start(|_, _| whole(200, &completion(&" word".repeat(100), 12, 140))).await;
+    let setup = Setup::at(&upstream).balance_nano(12 * INPUT_NANO + 110 * OUTPUT_NANO);
+    let node = setup.start().await;
+    assert_eq!(node.chat(&asking(r#","max_tokens":100"#)).await.status, 200);
+    let line = &node.lines(1).await[0];
+    assert_eq!(line.charged_nano + line.absorbed_nano, 12 * INPUT_NANO + 140 * OUTPUT_NANO);
+    assert_eq!(line.absorbed_nano, 30 * OUTPUT_NANO);
+    assert_eq!(node.balance_nano().await, 0);
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_node_that_is_told_to_stop_lets_an_open_stream_finish() {
+    let upstream = Upstream::start(|_, _| {
+        vec![stream_head(), chunk(text("Hello")), Act::Pause(Duration::from_millis(800)), chunk(text(" world") + &finish() + DONE), stream_end()]
+    })
+    .await;
+    let node = Setup::at(&upstream).start().await;
+    let (address, request) = (node.address, post(KEY, &streaming("")));
+    let mut connection = node.send(&request).await;
+    connection.read_until("Hello").await;
+    let (store, running, _folder) = node.ask_to_stop().await;
+    let reply = connection.read().await;
+    assert!(reply.whole && reply.text().ends_with(DONE));
+    running.await.unwrap();
+    assert!(tokio::net::TcpStream::connect(address).await.is_err(), "the door is closed");
+    crate::node::assert_books(&store).await;
+}
+
+#[tokio::test]
+async fn a_stream_that_outlasts_the_drain_is_cut_off_and_settled() {
+    let upstream = Upstream::start(|_, _| vec![stream_head(), chunk(text("Hello")), Act::AwaitClose]).await;
+    let node = Setup::at(&upstream).replacing("drain_s = 3", "drain_s = 1").start().await;
+    let mut connection = node.send(&post(KEY, &streaming(""))).await;
+    connection.read_until("Hello").await;
+    let (store, running, _folder) = node.ask_to_stop().await;
+    running.await.unwrap();
+    assert!(!connection.read().await.whole);
+    let lines = store.lines(gpt_cat::store::LineFilter { limit: 9, ..Default::default() }).await.unwrap();
+    assert_eq!((lines[0].1.end_reason.name(), lines[0].1.output), ("drained", 1));
+    crate::node::assert_books(&store).await;
+}

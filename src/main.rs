@@ -64,7 +64,9 @@ async fn serve(config: Config, store: Store, master: MasterKey) -> Result<bool, 
     let mut stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let welcome = admin::first_start(&config, &store, &master, |name| std::env::var(name).ok()).await?;
     let api = match config.admin.listen {
-        Some(address) => Some(TcpListener::bind(address).await.map_err(|error| format!("admin.listen {address}: {error}"))?),
+        Some(address) => {
+            Some(TcpListener::bind(address).await.map_err(|error| format!("admin.listen {address}: {error}"))?)
+        }
         None => None,
     };
     let server = Server::start(config.clone(), store.clone(), master).await?;
@@ -111,5 +113,6 @@ fn read_config(given: Option<&Path>) -> Result<Config, Failure> {
         Err(error) => return Err(format!("{}: {error}", path.display()).into()),
     };
     let shown = text.is_some().then(|| format!("{}:\n", path.display())).unwrap_or_default();
-    Config::load(text.as_deref(), std::env::vars(), &upstream::dialects()).map_err(|errors| format!("{shown}{errors}").into())
+    Config::load(text.as_deref(), std::env::vars(), &upstream::dialects())
+        .map_err(|errors| format!("{shown}{errors}").into())
 }

@@ -31,7 +31,9 @@ pub async fn first_start(
     let currency = store.settle_setting("currency", config.currency.clone()).await?;
     if currency != config.currency {
         let configured = &config.currency;
-        return Err(format!("currency: the database counts in {currency} since its first start, not in {configured}").into());
+        return Err(
+            format!("currency: the database counts in {currency} since its first start, not in {configured}").into()
+        );
     }
     let secret = |name: &str| match env(name).filter(|given| !given.is_empty()) {
         Some(given) => NewKey::chosen(given).map_err(|why| format!("{name}: {why}")),

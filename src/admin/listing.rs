@@ -84,7 +84,8 @@ mod tests {
 
     #[test]
     fn the_same_rows_are_a_table_and_json() {
-        let listing = Listing::list(&["name", "count"], vec![vec!["a".into(), 1.into()], vec!["b".into(), Value::Null]]);
+        let listing =
+            Listing::list(&["name", "count"], vec![vec!["a".into(), 1.into()], vec!["b".into(), Value::Null]]);
         assert_eq!(listing.json(), serde_json::json!([{ "name": "a", "count": 1 }, { "name": "b", "count": null }]));
         let text = listing.text();
         assert!(text.contains("name") && text.contains('a') && text.contains('-'), "{text}");

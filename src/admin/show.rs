@@ -104,8 +104,7 @@ pub fn models(config: &Config) -> Listing {
             endpoints.into(),
         ]
     });
-    let columns =
-        &["model", "input", "cached_input", "output", "per_call", "context", "max_output", "endpoints"];
+    let columns = &["model", "input", "cached_input", "output", "per_call", "context", "max_output", "endpoints"];
     Listing::list(columns, rows.filter(|row| row[7] != Value::Array(vec![])).collect())
 }
 

@@ -149,7 +149,8 @@ impl Ledger {
         }
         .saturating_mul(n);
 
-        let cost = |input, output| cost_nano(&model.price, Tokens { input, cached_input: 0, output }, group.ratio_micro);
+        let cost =
+            |input, output| cost_nano(&model.price, Tokens { input, cached_input: 0, output }, group.ratio_micro);
         let mut prompt = PromptText::new(&ask, model);
         let (mut held, mut covered, mut clamp) = (cost(prompt.bound, wanted), wanted, None);
         if !self.cover(&purse, held).await? {
@@ -268,8 +269,7 @@ impl OpenLine {
         if inner.line.endpoint.as_deref() != Some(endpoint) {
             inner.line.endpoint = Some(endpoint.to_owned());
         }
-        inner.line.model_upstream =
-            (model_upstream != inner.line.model).then(|| model_upstream.to_owned());
+        inner.line.model_upstream = (model_upstream != inner.line.model).then(|| model_upstream.to_owned());
     }
 
     /// Whether this much output is paid for by the hold.
@@ -284,37 +284,32 @@ impl OpenLine {
         if inner.line.content_after_ms.is_none() {
             inner.line.content_after_ms = Some(elapsed_ms(inner.begun));
         }
-        let mark = Mark {
-            input: inner.prompt.best_guess(),
-            output,
-            hold_nano: inner.held,
-            account_id: inner.line.account_id,
-        };
+        let mark =
+            Mark { input: inner.prompt.best_guess(), output, hold_nano: inner.held, account_id: inner.line.account_id };
         ledger.journal.mark(inner.line.sequence, &mark)
     }
 
-    /// Takes a further slice from the room that there is, and writes MARK; false when there is none.
-    pub fn take_slice(&mut self, output: u64) -> bool {
+    /// Takes as many further slices as `output` needs from the room that there is, and writes MARK; false when the room
+    /// does not have them.
+    pub fn take_slices(&mut self, output: u64) -> bool {
         let inner = self.inner_mut();
-        if !inner.may_slice() {
+        let slices = inner.slices(output);
+        if !inner.may_slice() || !inner.purse.take(inner.slices_nano(slices)) {
             return false;
         }
-        let amount = inner.slice_nano();
-        if !inner.purse.take(amount) {
-            return false;
-        }
-        inner.held += amount;
-        inner.covered += SLICE_TOKENS;
+        inner.held += inner.slices_nano(slices);
+        inner.covered += slices * SLICE_TOKENS;
         self.mark(output)
     }
 
-    /// Asks the store for the next slice's money; [`OpenLine::take_slice`] has to be tried again after it.
-    pub fn slice_from_store(&self) -> impl Future<Output = ()> + Send + 'static {
+    /// Asks the store for the money of those slices; [`OpenLine::take_slices`] has to be tried again after it.
+    pub fn slices_from_store(&self, output: u64) -> impl Future<Output = ()> + Send + 'static {
         let (ledger, inner) = (self.ledger.clone(), self.inner());
-        let (purse, amount, may) = (inner.purse.clone(), inner.slice_nano(), inner.may_slice());
+        let (purse, amount) = (inner.purse.clone(), inner.slices_nano(inner.slices(output)));
+        let may = inner.may_slice();
         async move {
             if may && ledger.cover(&purse, amount).await.unwrap_or(false) {
-                purse.settle(amount, 0); // back into the room, for `take_slice`
+                purse.settle(amount, 0); // back into the room, for `take_slices`
             }
         }
     }
@@ -380,10 +375,16 @@ impl Inner {
         self.sliceable && !self.user.is_frozen()
     }
 
-    fn slice_nano(&self) -> i64 {
-        let tokens = Tokens { output: SLICE_TOKENS, ..Tokens::default() };
-        let per_call_free = crate::store::PriceRow { per_call_nano: 0, ..self.model.price };
-        cost_nano(&per_call_free, tokens, self.line.ratio_micro)
+    /// Slices that are missing for `output`.
+    fn slices(&self, output: u64) -> u64 {
+        output.saturating_sub(self.covered).div_ceil(SLICE_TOKENS)
+    }
+
+    fn slices_nano(&self, slices: u64) -> i64 {
+        let tokens = Tokens { output: slices.saturating_mul(SLICE_TOKENS), ..Tokens::default() };
+        // What a call costs whatever it says has been held with the call.
+        let price = crate::store::PriceRow { per_call_nano: 0, ..self.model.price };
+        cost_nano(&price, tokens, self.line.ratio_micro)
     }
 
     fn settle(mut self: Box<Self>, ledger: &Ledger, ended: Ended) {

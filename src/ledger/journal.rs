@@ -121,7 +121,11 @@ struct Segment {
 
 #[derive(Debug)]
 enum Unshipped {
-    At { file: Arc<File>, offset: u64, length: usize },
+    At {
+        file: Arc<File>,
+        offset: u64,
+        length: usize,
+    },
     /// Could not be written: kept here, shipped from here.
     Held(Box<Line>),
 }

@@ -62,9 +62,9 @@ impl Purse {
     /// Holds exactly `amount`, or nothing.
     pub fn take(&self, amount: i64) -> bool {
         debug_assert!(amount >= 0);
-        let took = self.room.try_update(Ordering::AcqRel, Ordering::Acquire, |room| {
-            room.checked_sub(amount).filter(|left| *left >= 0)
-        });
+        let took = self
+            .room
+            .try_update(Ordering::AcqRel, Ordering::Acquire, |room| room.checked_sub(amount).filter(|left| *left >= 0));
         if took.is_ok() {
             self.held.fetch_add(amount, Ordering::AcqRel);
         }

@@ -52,8 +52,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const GPT_4O: PriceRow =
-        PriceRow { input_nano: 2_500_000_000, cached_input_nano: 1_250_000_000, output_nano: 10_000_000_000, per_call_nano: 0 };
+    const GPT_4O: PriceRow = PriceRow {
+        input_nano: 2_500_000_000,
+        cached_input_nano: 1_250_000_000,
+        output_nano: 10_000_000_000,
+        per_call_nano: 0,
+    };
 
     #[test]
     fn a_million_tokens_cost_the_price() {

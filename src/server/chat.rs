@@ -57,10 +57,8 @@ fn completion(command: &Command, text: &str, request_id: &str) -> Response<Reply
         let choices = json!([{ "index": 0, "delta": delta, "logprobs": null, "finish_reason": finish }]);
         chunk_event(&answer("chat.completion.chunk", choices))
     };
-    let mut events = vec![
-        event(json!({ "role": "assistant", "content": text }), Value::Null),
-        event(json!({}), "stop".into()),
-    ];
+    let mut events =
+        vec![event(json!({ "role": "assistant", "content": text }), Value::Null), event(json!({}), "stop".into())];
     if command.include_usage {
         let mut last = answer("chat.completion.chunk", json!([]));
         last["usage"] = usage;

@@ -68,7 +68,17 @@ impl<T> Guarded<T> {
         // The first head of a connection has no idle time before it.
         let timer = Box::pin(tokio::time::sleep_until(now + deadlines.head));
         let head_since = Some(now);
-        Guarded { io, calls, deadlines, timer, active: now, head_since, stalled_since: None, first_read: true, http2: false }
+        Guarded {
+            io,
+            calls,
+            deadlines,
+            timer,
+            active: now,
+            head_since,
+            stalled_since: None,
+            first_read: true,
+            http2: false,
+        }
     }
 
     /// The nearest deadline as things stand.

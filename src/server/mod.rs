@@ -189,12 +189,7 @@ async fn watch_changes(gateway: Arc<Gateway>, store: Store, master: MasterKey, m
     }
 }
 
-async fn apply_changes(
-    gateway: &Gateway,
-    store: &Store,
-    master: &MasterKey,
-    sequence: i64,
-) -> Result<i64, StoreError> {
+async fn apply_changes(gateway: &Gateway, store: &Store, master: &MasterKey, sequence: i64) -> Result<i64, StoreError> {
     let (newest, changes) = store.changes_since(sequence).await?;
     for change in &changes {
         match change {

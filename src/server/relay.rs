@@ -81,7 +81,9 @@ enum Phase {
     /// What is in `out` goes out, then the body ends well.
     Ending,
     /// What is in `out` goes out, is flushed, then the connection breaks.
-    Breaking { flushed: bool },
+    Breaking {
+        flushed: bool,
+    },
     Over,
 }
 
@@ -195,24 +197,19 @@ impl Relay {
     fn take(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
         if !line.covers(frames.output_at_most()) {
             let output = frames.output();
-            while !line.covers(output) {
-                if !line.take_slice(output) {
-                    self.flush_span(&frames);
-                    let asking = Box::pin(line.slice_from_store());
-                    self.phase = Phase::Asking(frames, line, asking, frame);
-                    return;
-                }
+            if !line.covers(output) && !line.take_slices(output) {
+                self.flush_span(&frames);
+                let asking = Box::pin(line.slices_from_store(output));
+                self.phase = Phase::Asking(frames, line, asking, frame);
+                return;
             }
         }
         self.release(cx, frames, line, frame);
     }
 
     fn take_after_asking(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
-        let output = frames.output();
-        while !line.covers(output) {
-            if !line.take_slice(output) {
-                return self.cut(frames, line);
-            }
+        if !line.take_slices(frames.output()) {
+            return self.cut(frames, line);
         }
         self.release(cx, frames, line, frame);
     }
@@ -245,6 +242,10 @@ impl Relay {
         }
         if frame.done {
             self.flush_span(&frames);
+            // A stream with CRLF whose last LF is still to come: nobody waits for it, so it is added.
+            if self.out.iter().rev().flat_map(|piece| piece.iter().rev()).take(2).eq(b"\r\n") {
+                self.out.push_back(Bytes::from_static(b"\n"));
+            }
             frames.finish(cx);
             return self.prepare(frames, line, EndReason::Complete);
         }

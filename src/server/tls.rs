@@ -64,7 +64,8 @@ impl Certificate {
 }
 
 fn read(cert: &Path, key: &Path) -> io::Result<Arc<ServerConfig>> {
-    let bad = |path: &Path, why: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", path.display()));
+    let bad =
+        |path: &Path, why: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", path.display()));
     let chain = CertificateDer::pem_file_iter(cert)
         .and_then(|certificates| certificates.collect::<Result<Vec<_>, _>>())
         .map_err(|error| bad(cert, error.to_string()))?;

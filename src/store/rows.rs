@@ -160,7 +160,9 @@ impl Billed {
     }
 
     pub(super) fn of(name: &str) -> Option<Billed> {
-        [Billed::Usage, Billed::Count, Billed::Mark, Billed::Hold, Billed::Nothing].into_iter().find(|b| b.name() == name)
+        [Billed::Usage, Billed::Count, Billed::Mark, Billed::Hold, Billed::Nothing]
+            .into_iter()
+            .find(|b| b.name() == name)
     }
 }
 

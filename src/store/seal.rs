@@ -79,7 +79,11 @@ pub fn random<const N: usize>() -> [u8; N] {
 
 /// Lower-case hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|digit| char::from(b"0123456789abcdef"[digit as usize])).collect()
+    bytes
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .map(|digit| char::from(b"0123456789abcdef"[digit as usize]))
+        .collect()
 }
 
 fn read_or_make(file: &Path) -> io::Result<String> {
@@ -101,7 +105,8 @@ fn read_or_make(file: &Path) -> io::Result<String> {
 }
 
 fn unhex(hex: &str) -> Option<[u8; KEY_BYTES]> {
-    let digits: Vec<u8> = hex.chars().map(|digit| digit.to_digit(16).map(|value| value as u8)).collect::<Option<_>>()?;
+    let digits: Vec<u8> =
+        hex.chars().map(|digit| digit.to_digit(16).map(|value| value as u8)).collect::<Option<_>>()?;
     let bytes: Vec<u8> = digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect();
     if digits.len() % 2 == 0 { bytes.try_into().ok() } else { None }
 }

@@ -106,7 +106,10 @@ impl Store {
     /// Stores a setting unless it is there already; returns what is stored then.
     pub async fn settle_setting(&self, name: &'static str, value: String) -> Result<String, StoreError> {
         self.write(move |tx| {
-            tx.execute("INSERT INTO settings (name, value) VALUES (?1, ?2) ON CONFLICT DO NOTHING", params![name, value])?;
+            tx.execute(
+                "INSERT INTO settings (name, value) VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+                params![name, value],
+            )?;
             Ok(tx.query_row("SELECT value FROM settings WHERE name = ?1", [name], |row| row.get(0))?)
         })
         .await
@@ -249,9 +252,8 @@ impl Store {
                 return Err(StoreError::Moved);
             }
             let mut insert = tx.prepare_cached(LINE_INSERT)?;
-            let mut charge = tx.prepare_cached(
-                "UPDATE leases SET amount_nano = amount_nano - ?3 WHERE user_id = ?1 AND boot = ?2",
-            )?;
+            let mut charge =
+                tx.prepare_cached("UPDATE leases SET amount_nano = amount_nano - ?3 WHERE user_id = ?1 AND boot = ?2")?;
             for line in &lines {
                 if !insert_line(&mut insert, boot, line)? {
                     continue; // stored before: the first END of a call counts
@@ -314,8 +316,8 @@ impl Store {
         self.job(move |connection| {
             let mut newest = sequence;
             let mut changes = Vec::new();
-            let mut statement =
-                connection.prepare_cached("SELECT sequence, kind, row FROM changes WHERE sequence > ?1 ORDER BY sequence")?;
+            let mut statement = connection
+                .prepare_cached("SELECT sequence, kind, row FROM changes WHERE sequence > ?1 ORDER BY sequence")?;
             let mut rows = statement.query([sequence])?;
             while let Some(row) = rows.next()? {
                 newest = row.get(0)?;
@@ -393,7 +395,8 @@ impl Store {
     /// All accounts that were not removed.
     pub async fn accounts(&self) -> Result<Vec<AccountRow>, StoreError> {
         self.job(|connection| {
-            let sql = "SELECT id, name, endpoint, sealed_key, hint, base_url, models, weight, tier, concurrency, enabled
+            let sql =
+                "SELECT id, name, endpoint, sealed_key, hint, base_url, models, weight, tier, concurrency, enabled
                        FROM accounts WHERE removed_ms IS NULL ORDER BY id";
             collect(connection, sql, [], |row| {
                 Ok(AccountRow {
@@ -666,7 +669,8 @@ fn add_credit(tx: &Transaction<'_>, user_id: i64, amount_nano: i64, note: &str) 
 }
 
 fn insert_key(tx: &Transaction<'_>, user_id: i64, hash: &[u8; 32], hint: &str, name: &str) -> Result<(), StoreError> {
-    let sql = "INSERT INTO keys (user_id, hash, hint, name, created_ms) VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING";
+    let sql =
+        "INSERT INTO keys (user_id, hash, hint, name, created_ms) VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING";
     match tx.execute(sql, params![user_id, hash, hint, name, now_ms()])? {
         0 => Err(StoreError::Refused("this key exists already".into())),
         _ => Ok(()),

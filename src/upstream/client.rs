@@ -59,10 +59,7 @@ impl Body for Pieces {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let at = self.at;
         match self.pieces.get_mut(at).map(std::mem::take) {
             Some(piece) => {
@@ -161,12 +158,7 @@ impl Client {
             .https_or_http()
             .enable_all_versions()
             .wrap_connector(tcp);
-        Ok(Arc::new(Client {
-            connector,
-            connect_timeout,
-            idle: Mutex::default(),
-            shared: Mutex::default(),
-        }))
+        Ok(Arc::new(Client { connector, connect_timeout, idle: Mutex::default(), shared: Mutex::default() }))
     }
 
     /// Sends a request with an absolute URI; the head has to come within `first_byte`.
@@ -204,8 +196,7 @@ impl Client {
             .map_err(|_| Broken::Connect)?
             .map_err(|_| Broken::Connect)?;
         if io.connected().is_negotiated_h2() {
-            let (sender, connection) =
-                http2::handshake(TokioExecutor::new(), io).await.map_err(|_| Broken::Connect)?;
+            let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.map_err(|_| Broken::Connect)?;
             tokio::spawn(connection);
             lock(&self.shared).insert(origin.clone(), sender.clone());
             return Ok(Connected::Http2(sender));

@@ -11,7 +11,7 @@ use tokio::time::Sleep;
 
 use super::openai::{DONE, chunk_event};
 use super::{Adapter, Ask, Via};
-use crate::meter::{count_prompt, Vocabulary};
+use crate::meter::{Vocabulary, count_prompt};
 use crate::store::{hex, now_ms, random};
 
 /// One row of [`super::ADAPTERS`].

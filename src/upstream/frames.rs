@@ -93,7 +93,13 @@ pub struct Frames {
 }
 
 impl Frames {
-    pub(super) fn new(source: Source, permit: Permit, vocabulary: Vocabulary, choices: u32, editing: Editing) -> Frames {
+    pub(super) fn new(
+        source: Source,
+        permit: Permit,
+        vocabulary: Vocabulary,
+        choices: u32,
+        editing: Editing,
+    ) -> Frames {
         let model = editing.model.map(|name| serde_json::Value::from(name).to_string().into());
         Frames {
             source,
@@ -300,7 +306,13 @@ impl Frames {
     }
 
     /// Where the bytes of a complete frame are, after what has to be edited in it.
-    fn place(&mut self, span: Range<usize>, remove: bool, model: Option<Range<usize>>, data_at: Option<usize>) -> Place {
+    fn place(
+        &mut self,
+        span: Range<usize>,
+        remove: bool,
+        model: Option<Range<usize>>,
+        data_at: Option<usize>,
+    ) -> Place {
         let passing = std::mem::take(&mut self.passing);
         if remove && !passing {
             self.held.clear();

@@ -183,12 +183,8 @@ impl Upstream {
             return Err(Failure::elsewhere(Error::UpstreamFailed { reason: "it answered without a stream" }));
         }
         let mapped = permit.offer.upstream_model != ask.model.name;
-        let editing = Editing {
-            model: mapped.then(|| ask.model.name.clone()),
-            keep_usage: ask.head.include_usage,
-        };
-        let mut frames =
-            Box::new(Frames::new(response.into_body(), permit, ask.model.vocabulary, ask.head.n, editing));
+        let editing = Editing { model: mapped.then(|| ask.model.name.clone()), keep_usage: ask.head.include_usage };
+        let mut frames = Box::new(Frames::new(response.into_body(), permit, ask.model.vocabulary, ask.head.n, editing));
         let begun = tokio::time::timeout(self.silence_max(), frames.until_content()).await;
         match begun {
             Ok(Ok(())) => Ok(Answer::Stream(frames)),
@@ -226,8 +222,8 @@ impl Upstream {
         let mut pieces: Vec<Bytes> = Vec::new();
         let mut length = 0;
         while let Some(chunk) = tokio::time::timeout(self.silence_max(), source.chunk()).await.map_err(silent)? {
-            let chunk = chunk
-                .map_err(|_| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer broke off" }))?;
+            let chunk =
+                chunk.map_err(|_| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer broke off" }))?;
             length += chunk.len();
             if length > bytes_max {
                 return Err(Failure::last(Error::UpstreamFailed { reason: "its answer is too large" }));
@@ -259,7 +255,9 @@ impl Upstream {
                     rest: Some(rest),
                 }
             }
-            408 | 409 | 500.. => Failure::elsewhere(Error::UpstreamFailed { reason: "it answered with a server error" }),
+            408 | 409 | 500.. => {
+                Failure::elsewhere(Error::UpstreamFailed { reason: "it answered with a server error" })
+            }
             _ => Failure::last(Error::UpstreamFailed { reason: "it answered with an unexpected status" }),
         }
     }

@@ -3,12 +3,15 @@
 use std::time::Duration;
 
 use crate::node::{INPUT_NANO, KEY, OUTPUT_NANO, Setup, asking, post, streaming};
-use crate::upstream::{Act, DONE, Upstream, chunk, completion, finish, stream, stream_end, stream_head, text, usage, whole};
+use crate::upstream::{
+    Act, DONE, Upstream, chunk, completion, finish, stream, stream_end, stream_head, text, usage, whole,
+};
 use serde_json::json;
 
 #[tokio::test]
 async fn the_upstreams_usage_is_billed_and_the_count_is_stored_beside_it() {
-    let upstream = Upstream::start(|_, _| stream(&[text("Hello world"), finish(), usage(12, 3), DONE.into()].concat())).await;
+    let upstream =
+        Upstream::start(|_, _| stream(&[text("Hello world"), finish(), usage(12, 3), DONE.into()].concat())).await;
     let node = Setup::at(&upstream).start().await;
     let reply = node.chat(&streaming("")).await;
     assert!(!reply.text().contains("usage"), "the client did not ask for it");
@@ -116,7 +119,8 @@ async fn concurrent_calls_never_overdraw_a_balance() {
 async fn a_stream_takes_slices_as_it_flows_and_ends_with_length_when_the_money_does() {
     // 256 tokens are held at first; the balance is worth about 600 of output.
     let events: Vec<Act> = (0..1000).map(|_| chunk(text(" word"))).collect();
-    let upstream = Upstream::start(move |_, _| [vec![stream_head()], events.clone(), vec![Act::AwaitClose]].concat()).await;
+    let upstream =
+        Upstream::start(move |_, _| [vec![stream_head()], events.clone(), vec![Act::AwaitClose]].concat()).await;
     let node = Setup::at(&upstream).balance_nano(100 * INPUT_NANO + 600 * OUTPUT_NANO).start().await;
     let reply = node.chat(&streaming("")).await;
     assert!(reply.whole && reply.text().ends_with(DONE), "a client sees a whole stream");
@@ -158,7 +162,8 @@ async fn a_long_prompt_is_counted_when_its_bound_does_not_fit_and_when_there_is_
     let prompt = "All work and no play makes Jack a dull boy. ".repeat(2000); // 88,000 bytes, 22,000 tokens
     let upstream = Upstream::start(|_, _| stream(&[text("Hello"), finish(), DONE.into()].concat())).await;
     let node = Setup::at(&upstream).balance_nano(30_000 * INPUT_NANO).start().await;
-    let body = json!({ "model": "m", "stream": true, "max_tokens": 20, "messages": [{ "role": "user", "content": prompt }] });
+    let body =
+        json!({ "model": "m", "stream": true, "max_tokens": 20, "messages": [{ "role": "user", "content": prompt }] });
     let reply = node.chat(&body.to_string()).await;
     assert_eq!(reply.status, 200, "{}", reply.text());
     let line = &node.lines(1).await[0];
@@ -170,7 +175,8 @@ async fn a_long_prompt_is_counted_when_its_bound_does_not_fit_and_when_there_is_
 #[tokio::test]
 async fn a_model_that_bills_unseen_output_is_held_in_full() {
     let upstream = Upstream::start(|_, _| vec![]).await;
-    let setup = Setup::at(&upstream).replacing("[models.hidden]", "[models.hidden]\nbills_unseen = true\nmax_output = 10000");
+    let setup =
+        Setup::at(&upstream).replacing("[models.hidden]", "[models.hidden]\nbills_unseen = true\nmax_output = 10000");
     let node = setup.balance_nano(100 * INPUT_NANO + 9_000 * OUTPUT_NANO).start().await;
     let body = streaming("").replace(r#""model":"m""#, r#""model":"hidden""#);
     assert_eq!(node.chat(&body).await.status, 429);
@@ -209,7 +215,13 @@ async fn what_goes_beyond_hold_and_room_is_absorbed() {
 #[tokio::test]
 async fn a_node_that_is_told_to_stop_lets_an_open_stream_finish() {
     let upstream = Upstream::start(|_, _| {
-        vec![stream_head(), chunk(text("Hello")), Act::Pause(Duration::from_millis(800)), chunk(text(" world") + &finish() + DONE), stream_end()]
+        vec![
+            stream_head(),
+            chunk(text("Hello")),
+            Act::Pause(Duration::from_millis(800)),
+            chunk(text(" world") + &finish() + DONE),
+            stream_end(),
+        ]
     })
     .await;
     let node = Setup::at(&upstream).start().await;

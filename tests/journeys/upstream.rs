@@ -46,11 +46,8 @@ impl Upstream {
     /// Answers request number n (from 0) as the script says.
     pub async fn start(script: impl Fn(usize, &Seen) -> Vec<Act> + Send + Sync + 'static) -> Upstream {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let upstream = Upstream {
-            address: listener.local_addr().unwrap(),
-            seen: Arc::default(),
-            closed: Arc::new(Notify::new()),
-        };
+        let upstream =
+            Upstream { address: listener.local_addr().unwrap(), seen: Arc::default(), closed: Arc::new(Notify::new()) };
         let script: Arc<Script> = Arc::new(script);
         let accepting = upstream.clone();
         tokio::spawn(async move {

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::node::{KEY, Setup, asking, get, post, streaming};
-use crate::upstream::{Act, DONE, Upstream, chunk, completion, finish, stream, stream_end, stream_head, text, usage, whole, whole_with};
+use crate::upstream::{
+    Act, DONE, Upstream, chunk, completion, finish, stream, stream_end, stream_head, text, usage, whole, whole_with,
+};
 use serde_json::json;
 
 #[tokio::test]
@@ -54,7 +56,11 @@ async fn a_mapped_model_goes_up_under_its_other_name_and_comes_back_under_its_ow
         let mapped = |body: String| body.replace(r#""model":"m""#, r#""model":"mapped""#);
         let streamed = node.chat(&mapped(streaming(""))).await.text();
         let ours = |event: String| event.replace(r#""model":"m""#, r#""model":"mapped""#);
-        assert_eq!(streamed, ours([text("Hello"), text(" \"model\":\"theirs\""), finish()].concat()) + DONE, "cut in {size}");
+        assert_eq!(
+            streamed,
+            ours([text("Hello"), text(" \"model\":\"theirs\""), finish()].concat()) + DONE,
+            "cut in {size}"
+        );
         assert_eq!(node.chat(&mapped(asking(""))).await.text(), ours(completion("Hello", 3, 1)));
         assert!(upstream.seen().iter().all(|seen| seen.json()["model"] == "theirs"));
         let lines = node.lines(2).await;
@@ -84,7 +90,9 @@ async fn client_credentials_stop_here_and_upstream_headers_do_not_travel_back() 
     .await;
     let node = Setup::at(&upstream).start().await;
     let body = asking("");
-    let request = String::from_utf8(post(KEY, &body)).unwrap().replace("host: gateway", "host: gateway\r\ncookie: c=d\r\nx-api-key: k");
+    let request = String::from_utf8(post(KEY, &body))
+        .unwrap()
+        .replace("host: gateway", "host: gateway\r\ncookie: c=d\r\nx-api-key: k");
     let reply = node.send(request.as_bytes()).await.read().await;
     for header in ["set-cookie", "openai-organization", "x-ratelimit-remaining-requests"] {
         assert_eq!(reply.header(header), None);
@@ -197,7 +205,13 @@ async fn calls_wait_for_an_account_instead_of_failing() {
 async fn a_silent_stream_gets_comments_and_a_head_before_its_content() {
     let upstream = Upstream::start(|number, _| match number {
         0 => vec![Act::Pause(Duration::from_millis(1500)), Act::Close],
-        _ => vec![stream_head(), chunk(text("Hello")), Act::Pause(Duration::from_millis(1500)), chunk(text(" world") + &finish() + DONE), stream_end()],
+        _ => vec![
+            stream_head(),
+            chunk(text("Hello")),
+            Act::Pause(Duration::from_millis(1500)),
+            chunk(text(" world") + &finish() + DONE),
+            stream_end(),
+        ],
     })
     .await;
     let setup = Setup::at(&upstream).accounts(&[("first", 9), ("second", 9)]);
@@ -279,7 +293,11 @@ async fn a_frame_larger_than_what_is_held_passes_on_as_it_comes() {
 async fn bad_requests_are_told_what_is_wrong_and_cost_nothing() {
     let upstream = Upstream::start(|_, _| vec![]).await;
     let node = Setup::at(&upstream).replacing("drain_s = 3", "drain_s = 3\nbody_bytes_max = 65536").start().await;
-    let deep = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"x"}}],"x":{}1{}}}"#, "[".repeat(200), "]".repeat(200));
+    let deep = format!(
+        r#"{{"model":"m","messages":[{{"role":"user","content":"x"}}],"x":{}1{}}}"#,
+        "[".repeat(200),
+        "]".repeat(200)
+    );
     for (body, status, param) in [
         ("", 400, None),
         ("not json", 400, None),
@@ -299,7 +317,8 @@ async fn bad_requests_are_told_what_is_wrong_and_cost_nothing() {
     }
     let large = asking(&format!(r#","x":"{}""#, "x".repeat(70_000)));
     assert_eq!(node.chat(&large).await.status, 413);
-    let form = String::from_utf8(post(KEY, "a=b")).unwrap().replace("application/json", "application/x-www-form-urlencoded");
+    let form =
+        String::from_utf8(post(KEY, "a=b")).unwrap().replace("application/json", "application/x-www-form-urlencoded");
     assert_eq!(node.send(form.as_bytes()).await.read().await.status, 415);
     assert!(upstream.seen().is_empty());
     assert_eq!(node.balance_nano().await, 1_000_000_000);
@@ -332,7 +351,10 @@ async fn a_browser_may_ask_and_may_read_errors() {
     let node = Setup::at(&upstream).start().await;
     let preflight = b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: https://chat.example\r\naccess-control-request-method: POST\r\naccess-control-request-headers: authorization,x-stainless-os\r\n\r\n";
     let reply = node.send(preflight).await.read().await;
-    assert_eq!((reply.status, reply.header("access-control-allow-headers")), (204, Some("authorization,x-stainless-os")));
+    assert_eq!(
+        (reply.status, reply.header("access-control-allow-headers")),
+        (204, Some("authorization,x-stainless-os"))
+    );
     assert_eq!(reply.header("access-control-allow-origin"), Some("*"));
     let refused = b"GET /v1/models HTTP/1.1\r\nhost: x\r\norigin: https://chat.example\r\n\r\n";
     let reply = node.send(refused).await.read().await;

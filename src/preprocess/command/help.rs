@@ -2,13 +2,8 @@
 
 use super::{COMMANDS, Facts, Needs, Row};
 
-pub(super) const ROW: Row = Row {
-    name: "help",
-    short: "h",
-    does: ["lists the commands", "列出所有命令"],
-    needs: Needs::Nothing,
-    answer,
-};
+pub(super) const ROW: Row =
+    Row { name: "help", short: "h", does: ["lists the commands", "列出所有命令"], needs: Needs::Nothing, answer };
 
 fn answer(facts: &Facts<'_>) -> String {
     let prefix = facts.prefix;

@@ -2,6 +2,7 @@
 //!
 //! Every journey ends with the node's books adding up and no lease left ([`Node::finish`]).
 
+mod corpus;
 mod faults;
 mod money;
 mod node;

@@ -76,6 +76,9 @@ http = "127.0.0.1:0"
 listen = "off"
 [ledger]
 first_balance = "1000.00"
+[endpoints.demo]
+dialect = "demo"
+models = ["demo"]
 TOML
     endpoint openai gpt-4o gpt-4o-picky gpt-4o-slow-python gpt-4o-slow-node gpt-4o-priced-python gpt-4o-priced-node
     endpoint busy gpt-4o-busy

@@ -1,0 +1,366 @@
+//! The built binary as a process: first start, second start, subcommands beside it, signals, `kill -9`, logs.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+const KEY: &str = "sk-first-key-of-the-process-tests";
+const TOKEN: &str = "token-of-the-process-tests";
+
+/// A gateway process in a folder of its own.
+struct Gateway {
+    child: Child,
+    base: String,
+    welcome: String,
+}
+
+fn command(folder: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gpt-cat"));
+    command.current_dir(folder).env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+    command.env("GPT_CAT_SERVER__HTTP", "127.0.0.1:0").env("GPT_CAT_ADMIN__LISTEN", "off");
+    command
+}
+
+impl Gateway {
+    fn start(folder: &Path, more: impl FnOnce(&mut Command)) -> Gateway {
+        let mut command = command(folder);
+        command.env("GPT_CAT_FIRST_KEY", KEY).env("GPT_CAT_ADMIN_TOKEN", TOKEN);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        more(&mut command);
+        let mut child = command.spawn().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut first = String::new();
+        out.read_line(&mut first).unwrap();
+        let base = first.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("{first:?}")).to_owned();
+        let mut gateway = Gateway { child, base, welcome: String::new() };
+        // What follows is there already: it is flushed in one go.
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in out.lines().map_while(Result::ok) {
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        while let Ok(line) = receive.recv_timeout(Duration::from_millis(300)) {
+            gateway.welcome += &line;
+            gateway.welcome += "\n";
+        }
+        gateway
+    }
+
+    fn ask(&self, body: &str) -> TcpStream {
+        let mut socket = TcpStream::connect(&self.base).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let request = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {KEY}\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        socket.write_all(request.as_bytes()).unwrap();
+        socket
+    }
+
+    fn answer(&self, body: &str) -> String {
+        let mut reply = String::new();
+        self.ask(body).read_to_string(&mut reply).unwrap();
+        reply
+    }
+
+    fn signal(&mut self, signal: &str) -> i32 {
+        Command::new("kill").arg(signal).arg(self.child.id().to_string()).status().unwrap();
+        let status = self.child.wait().unwrap();
+        status.code().unwrap_or(-1)
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a subcommand; its standard output, and whether it succeeded.
+fn run(folder: &Path, arguments: &[&str]) -> (String, bool) {
+    let output = command(folder).args(arguments).env("UPSTREAM_KEY", "sk-upstream-secret").output().unwrap();
+    (String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap(), output.status.success())
+}
+
+fn json(folder: &Path, arguments: &[&str]) -> Value {
+    let (text, good) = run(folder, &[arguments, &["--json"]].concat());
+    assert!(good, "{arguments:?}: {text}");
+    serde_json::from_str(&text).unwrap_or_else(|_| panic!("{arguments:?}: {text}"))
+}
+
+/// Asks until the answer is there: a server learns of a change within a second.
+fn until(what: &str, mut there: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !there() {
+        assert!(begun.elapsed() < Duration::from_secs(5), "{what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+const DEMO: &str = r#"{"model":"demo","stream":true,"max_tokens":5,"messages":[{"role":"user","content":"Hello"}]}"#;
+
+#[test]
+fn a_first_start_prints_its_secrets_once_serves_the_demo_and_charges_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut gateway = Gateway::start(folder.path(), |_| {});
+    assert!(gateway.welcome.contains(KEY) && gateway.welcome.contains(TOKEN), "{}", gateway.welcome);
+    let curl = gateway.welcome.lines().find(|line| line.contains("curl -N")).unwrap();
+    assert!(curl.contains(&gateway.base), "{curl}");
+    let reply = gateway.answer(DEMO);
+    assert!(reply.contains("[DONE]") && reply.contains("Hello"), "{reply}");
+    let balance = r#"{"model":"demo","messages":[{"role":"user","content":"/bi"}]}"#;
+    assert!(gateway.answer(balance).contains("Balance: 0.99"));
+    until("the line is shipped", || json(folder.path(), &["usage"]).as_array().unwrap().len() == 1);
+    let before = json(folder.path(), &["user", "show", "first"]);
+    assert!(before["balance"].as_str().unwrap().starts_with("0.99"), "{before}");
+    assert_eq!(gateway.signal("-TERM"), 0);
+
+    // Everything is as it was, and nothing is said twice.
+    let mut again = Gateway::start(folder.path(), |_| {});
+    assert_eq!(again.welcome, "");
+    assert_eq!(json(folder.path(), &["user", "show", "first"]), before);
+    assert!(again.answer(DEMO).contains("[DONE]"));
+    assert_eq!(again.signal("-TERM"), 0);
+    assert!(run(folder.path(), &["audit"]).1);
+    let database = std::fs::read(folder.path().join("data/gpt-cat.db")).unwrap();
+    for secret in [KEY, TOKEN] {
+        assert!(!database.windows(secret.len()).any(|window| window == secret.as_bytes()), "stored as hashes only");
+    }
+}
+
+#[test]
+fn a_provider_key_in_the_environment_becomes_an_account_at_the_first_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let gateway = Gateway::start(folder.path(), |command| {
+        command.env("OPENAI_API_KEY", "sk-of-the-provider-1234");
+    });
+    assert!(gateway.welcome.contains("OPENAI_API_KEY") && !gateway.welcome.contains("sk-of-the-provider"));
+    let accounts = json(folder.path(), &["account", "list"]);
+    assert_eq!((&accounts[0]["endpoint"], &accounts[0]["key"]), (&"openai".into(), &"…1234".into()));
+}
+
+#[test]
+fn a_secret_that_is_none_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = command(folder.path()).env("GPT_CAT_FIRST_KEY", "123456").output().unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("GPT_CAT_FIRST_KEY"));
+}
+
+#[test]
+fn another_currency_than_the_first_starts_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    Gateway::start(folder.path(), |_| {}).signal("-TERM");
+    let output = command(folder.path()).env("GPT_CAT_CURRENCY", "EUR").output().unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("currency"));
+}
+
+#[test]
+fn every_subcommand_works_beside_a_running_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let gateway = Gateway::start(path, |_| {});
+    let added = json(path, &["user", "add", "ann", "--balance", "2.50"]);
+    let key = added["key"].as_str().unwrap().to_owned();
+    let status = |key: &str| {
+        let mut socket = TcpStream::connect(&gateway.base).unwrap();
+        let request =
+            format!("GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {key}\r\n\r\n");
+        socket.write_all(request.as_bytes()).unwrap();
+        let mut reply = String::new();
+        socket.read_to_string(&mut reply).unwrap();
+        reply[9..12].to_owned()
+    };
+    until("the new key works", || status(&key) == "200");
+    assert_eq!(json(path, &["user", "credit", "ann", "0.5", "--note", "thanks"])["balance"], "3.00");
+    assert_eq!(json(path, &["user", "freeze", "ann"])["frozen"], true);
+    until("the user is frozen", || status(&key) == "403");
+    assert_eq!(json(path, &["user", "unfreeze", "ann"])["frozen"], false);
+    until("the user is unfrozen", || status(&key) == "200");
+    let second = json(path, &["key", "add", "ann", "--name", "laptop"]);
+    let second_key = second["key"].as_str().unwrap().to_owned();
+    until("the second key works", || status(&second_key) == "200");
+    run(path, &["key", "revoke", &second["id"].to_string()]);
+    until("the second key is revoked", || status(&second_key) == "401");
+    assert_eq!(json(path, &["key", "list", "ann"]).as_array().unwrap().len(), 2);
+    assert!(run(path, &["account", "add", "--endpoint", "openai", "--key-env", "UPSTREAM_KEY", "--limit", "3"]).1);
+    let (text, good) = run(path, &["account", "add", "--endpoint", "nowhere", "--key-env", "UPSTREAM_KEY"]);
+    assert!(!good && text.contains("openai"), "{text}");
+    for (verb, enabled) in [("disable", false), ("enable", true)] {
+        run(path, &["account", verb, "openai"]);
+        assert_eq!(json(path, &["account", "list"])[0]["enabled"], enabled);
+    }
+    run(path, &["account", "remove", "openai"]);
+    assert_eq!(json(path, &["account", "list"]), Value::Array(vec![]));
+    assert!(run(path, &["model", "list"]).0.contains("demo"));
+    assert!(run(path, &["config", "check"]).1);
+    assert_eq!(json(path, &["user", "list"]).as_array().unwrap().len(), 2);
+    for (arguments, why) in [
+        (vec!["user", "show", "nobody"], "nobody"),
+        (vec!["user", "add", "ann"], "ann"),
+        (vec!["user", "credit", "ann", "-1"], "-1"),
+        (vec!["key", "revoke", "99"], "99"),
+    ] {
+        let (text, good) = run(path, &arguments);
+        assert!(!good && text.contains(why), "{arguments:?}: {text}");
+    }
+    assert!(run(path, &["audit"]).1);
+}
+
+#[test]
+fn an_audit_notices_money_that_came_from_nowhere() {
+    let folder = tempfile::tempdir().unwrap();
+    Gateway::start(folder.path(), |_| {}).signal("-TERM");
+    assert!(run(folder.path(), &["audit"]).1);
+    let database = rusqlite::Connection::open(folder.path().join("data/gpt-cat.db")).unwrap();
+    database.execute("UPDATE users SET balance_nano = balance_nano + 1", []).unwrap();
+    let (text, good) = run(folder.path(), &["audit"]);
+    assert!(!good && text.contains("WRONG"), "{text}");
+}
+
+#[test]
+fn a_bad_configuration_names_line_and_reason_and_nothing_starts() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("gpt-cat.toml"), "[server]\nhtp = \"127.0.0.1:0\"\n").unwrap();
+    let (text, good) = run(folder.path(), &["config", "check"]);
+    assert!(!good && text.contains("line 2") && text.contains("htp"), "{text}");
+    assert!(!folder.path().join("data").exists());
+}
+
+/// A scripted upstream that streams a word each 5 ms until its client has gone.
+fn endless_upstream() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for socket in listener.incoming().flatten() {
+            std::thread::spawn(move || stream_words(socket));
+        }
+    });
+    address
+}
+
+fn stream_words(mut socket: TcpStream) {
+    let mut request = [0; 65536];
+    let _ = socket.read(&mut request);
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+    if socket.write_all(head.as_bytes()).is_err() {
+        return;
+    }
+    let event = r#"data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}"#;
+    let chunk = format!("{:x}\r\n{event}\n\n\r\n", event.len() + 2);
+    while socket.write_all(chunk.as_bytes()).is_ok() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn configure(folder: &Path, upstream: &str) {
+    let toml = format!(
+        "[endpoints.up]\ndialect = \"openai\"\nbase_url = \"http://{upstream}/v1\"\nmodels = [\"m\"]\n\
+         [models.m]\ninput = \"1.00\"\noutput = \"2.00\"\n"
+    );
+    std::fs::write(folder.join("gpt-cat.toml"), toml).unwrap();
+    assert!(run(folder, &["account", "add", "--endpoint", "up", "--key-env", "UPSTREAM_KEY", "--limit", "100"]).1);
+}
+
+#[test]
+fn a_process_that_is_killed_settles_its_open_streams_at_the_next_start() {
+    let folder = tempfile::tempdir().unwrap();
+    configure(folder.path(), &endless_upstream());
+    let mut killed = 0;
+    for round in 1..=3u64 {
+        let mut gateway = Gateway::start(folder.path(), |_| {});
+        let body = r#"{"model":"m","stream":true,"messages":[{"role":"user","content":"Go on."}]}"#;
+        let mut streams: Vec<TcpStream> = (0..5).map(|_| gateway.ask(body)).collect();
+        // Past 256 tokens each stream has taken a slice of its own.
+        std::thread::sleep(Duration::from_millis(700 * round));
+        gateway.signal("-KILL");
+        killed += streams.len();
+        let read = streams.iter_mut().map(|stream| {
+            let mut bytes = Vec::new();
+            let _ = stream.read_to_end(&mut bytes);
+            String::from_utf8_lossy(&bytes).matches(" word").count() as i64
+        });
+        let got: Vec<i64> = read.collect();
+        assert!(got.iter().all(|words| *words > 10), "{got:?}");
+
+        // The next start settles what was left, before it serves.
+        let mut next = Gateway::start(folder.path(), |_| {});
+        let lines = json(folder.path(), &["usage", "--limit", "1000"]);
+        let lines: Vec<&Value> = lines.as_array().unwrap().iter().take(5).collect();
+        for line in &lines {
+            assert_eq!(line["end_reason"], "crashed", "{line}");
+            let charged = line["output_tokens"].as_i64().unwrap();
+            let most = *got.iter().max().unwrap();
+            assert!(charged <= most && charged + 256 + 128 >= *got.iter().min().unwrap(), "{charged} of {got:?}");
+        }
+        assert_eq!(next.signal("-TERM"), 0);
+        let (text, good) = run(folder.path(), &["audit"]);
+        assert!(good, "{text}");
+    }
+    let lines = json(folder.path(), &["usage", "--limit", "1000"]);
+    assert_eq!(lines.as_array().unwrap().len(), killed, "one line a call, none twice");
+    assert!(
+        std::fs::read_dir(folder.path().join("data/journal")).unwrap().next().is_none(),
+        "nothing is left to settle"
+    );
+}
+
+#[test]
+fn nothing_of_a_prompt_an_answer_or_a_key_is_logged() {
+    let folder = tempfile::tempdir().unwrap();
+    configure(folder.path(), &endless_upstream());
+    let log = folder.path().join("log.txt");
+    let mut gateway = Gateway::start(folder.path(), |command| {
+        command.env("RUST_LOG", "gpt_cat=trace").stderr(std::fs::File::create(&log).unwrap());
+    });
+    let body =
+        r#"{"model":"m","stream":true,"max_tokens":30,"messages":[{"role":"user","content":"My-secret-prompt"}]}"#;
+    let mut stream = gateway.ask(body);
+    stream.read_exact(&mut [0; 2000]).unwrap();
+    drop(stream);
+    let broken = r#"{"model":"m","messages":"My-secret-prompt"}"#;
+    assert!(gateway.answer(broken).contains("400"));
+    assert!(gateway.answer(&body.replace("\"m\"", "\"unknown\"")).contains("404"));
+    assert_eq!(gateway.signal("-TERM"), 0);
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.contains("answered") && log.contains("refused"), "{log}");
+    for secret in ["secret-prompt", " word", KEY, TOKEN, "sk-upstream-secret"] {
+        assert!(!log.contains(secret), "{secret} in {log}");
+    }
+}
+
+#[test]
+fn the_admin_api_wants_the_token_and_shows_what_the_subcommands_show() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let _gateway = Gateway::start(folder.path(), |command| {
+        command.env("GPT_CAT_ADMIN__LISTEN", port.to_string());
+    });
+    let get = |path: &str, token: &str| {
+        let mut socket = TcpStream::connect(port).unwrap();
+        let request =
+            format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {token}\r\n\r\n");
+        socket.write_all(request.as_bytes()).unwrap();
+        let mut reply = String::new();
+        socket.read_to_string(&mut reply).unwrap();
+        reply
+    };
+    for token in ["", "wrong", KEY] {
+        assert!(get("/users", token).starts_with("HTTP/1.1 401"));
+    }
+    for path in ["/users", "/keys", "/accounts", "/models", "/usage", "/audit"] {
+        assert!(get(path, TOKEN).starts_with("HTTP/1.1 200"), "{path}");
+    }
+    assert!(get("/users", TOKEN).contains(r#""user":"first""#));
+    assert!(get("/nothing", TOKEN).starts_with("HTTP/1.1 404"));
+}

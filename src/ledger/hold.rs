@@ -98,6 +98,8 @@ struct Inner {
     output: u64,
     estimated: bool,
     content: bool,
+    /// What the upstream said of an answer that its client did not stay for.
+    upstream_bills: Option<Usage>,
 }
 
 #[derive(Debug)]
@@ -241,6 +243,7 @@ impl Ledger {
             output: 0,
             estimated: false,
             content: false,
+            upstream_bills: None,
         };
         Ok(OpenLine { ledger: self.clone(), inner: Some(Box::new(inner)) })
     }
@@ -322,6 +325,11 @@ impl OpenLine {
         inner.content = true;
     }
 
+    /// Tells what the upstream bills for an answer that its client left: what the charge does not cover is absorbed.
+    pub fn upstream_bills(&mut self, usage: Option<Usage>) {
+        self.inner_mut().upstream_bills = usage;
+    }
+
     /// Whether the end needs the prompt counted, and counting would take too long for a worker: then
     /// [`OpenLine::prepare`] has to be awaited before it.
     pub fn needs_time(&self, usage: Option<Usage>) -> bool {
@@ -389,7 +397,7 @@ impl Inner {
 
     fn settle(mut self: Box<Self>, ledger: &Ledger, ended: Ended) {
         self.fill_tokens(&ended);
-        let Inner { purse, line, model, held, called, begun, .. } = &mut *self;
+        let Inner { purse, line, model, held, called, begun, upstream_bills, .. } = &mut *self;
         line.hold_nano = *held;
         line.status = ended.status;
         line.end_reason = ended.reason;
@@ -401,6 +409,12 @@ impl Inner {
         };
         line.charged_nano = purse.settle(*held, cost);
         line.absorbed_nano = cost - line.charged_nano;
+        if let Some(Usage { input, cached_input, output, reasoning }) = *upstream_bills {
+            let billed = cost_nano(&model.price, Tokens { input, cached_input, output }, line.ratio_micro);
+            line.absorbed_nano = line.absorbed_nano.max(billed - line.charged_nano);
+            (line.usage_input, line.usage_cached) = (Some(input), Some(cached_input));
+            (line.usage_output, line.usage_reasoning) = (Some(output), Some(reasoning));
+        }
         if line.billed == Billed::Nothing && *called && ended.reason == EndReason::ClientGone {
             // The upstream may bill a call that we cancelled; the hold is the most that it can come to.
             line.absorbed_nano = *held;

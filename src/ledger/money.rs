@@ -89,7 +89,8 @@ mod tests {
             let price = PriceRow { output_nano, ..GPT_4O };
             let output = output_affordable(&price, input, money, ratio);
             if output > 0 {
-                prop_assert!(cost_nano(&price, Tokens { input, cached_input: 0, output }, ratio) <= money);
+                let tokens = Tokens { input, cached_input: 0, output };
+                prop_assert!(cost_nano(&price, tokens, ratio) <= money);
             }
         }
     }

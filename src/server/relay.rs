@@ -415,6 +415,15 @@ impl Drop for Relay {
         match std::mem::replace(&mut self.phase, Phase::Over) {
             Phase::Streaming(mut frames, mut line) if self.content => {
                 line.handed_over(frames.output(), frames.is_estimated());
+                // Where the upstream bills the whole answer anyway, what it bills beyond the charge becomes known.
+                if frames.is_drained()
+                    && let Ok(runtime) = tokio::runtime::Handle::try_current()
+                {
+                    runtime.spawn(async move {
+                        frames.drain().await;
+                        line.upstream_bills(frames.usage());
+                    });
+                }
             }
             Phase::Asking(frames, mut line, _, _) if self.content => {
                 line.handed_over(self.output, frames.is_estimated());

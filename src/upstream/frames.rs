@@ -7,18 +7,23 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::client::{Broken, Source};
 use super::openai::DONE;
+use crate::config::OnDisconnect;
 use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary};
 use crate::pool::Permit;
 use crate::sse::Parser;
 
 /// An incomplete frame waits for its end up to this size, then passes on as it comes.
 const FRAME_HELD_BYTES_MAX: usize = 64 << 10;
+/// How long an answer is read on for nobody, and how far.
+const DRAIN_MAX: Duration = Duration::from_secs(120);
+const DRAIN_BYTES_MAX: usize = 16 << 20;
 /// Choices of one answer whose ends are kept apart: `n` is bounded by the same number.
 const CHOICES_MAX: usize = 128;
 
@@ -252,6 +257,28 @@ impl Frames {
     /// Whether the count is not exact.
     pub fn is_estimated(&self) -> bool {
         self.lost || self.meter.is_estimated() || self.parser.overflowed()
+    }
+
+    /// Whether the endpoint wants its answers read to the end when the client has left.
+    pub fn is_drained(&self) -> bool {
+        self.permit.as_ref().is_some_and(|permit| permit.offer.endpoint.on_disconnect == OnDisconnect::Drain)
+    }
+
+    /// Reads on without handing anything over, to learn what the upstream bills: at most [`DRAIN_MAX`] long and
+    /// [`DRAIN_BYTES_MAX`] far.
+    pub async fn drain(&mut self) {
+        let reading = async {
+            let mut bytes = 0;
+            while !self.done && bytes < DRAIN_BYTES_MAX {
+                while self.next_frame().is_some() {}
+                match std::future::poll_fn(|cx| self.poll_chunk(cx)).await {
+                    Some(Ok(())) => bytes += self.chunk.len(),
+                    Some(Err(_)) | None => break,
+                }
+            }
+        };
+        // Past the time the connection is closed: what is not known by then stays unknown.
+        let _ = tokio::time::timeout(DRAIN_MAX, reading).await;
     }
 
     /// Choices that have not ended.

@@ -249,3 +249,28 @@ async fn a_stream_that_outlasts_the_drain_is_cut_off_and_settled() {
     assert_eq!((lines[0].1.end_reason.name(), lines[0].1.output), ("drained", 1));
     crate::node::assert_books(&store).await;
 }
+
+#[tokio::test]
+async fn an_answer_that_is_drained_shows_what_the_operator_pays_for_it() {
+    let upstream = Upstream::start(|_, _| {
+        let rest = [text(&" more".repeat(50)), finish(), usage(20, 52), DONE.into()].concat();
+        vec![
+            stream_head(),
+            chunk(text("Hello world")),
+            Act::Pause(Duration::from_millis(300)),
+            chunk(rest),
+            stream_end(),
+        ]
+    })
+    .await;
+    let setup =
+        Setup::at(&upstream).replacing("dialect = \"openai\"", "dialect = \"openai\"\non_disconnect = \"drain\"");
+    let node = setup.start().await;
+    let mut connection = node.send(&post(KEY, &streaming(""))).await;
+    connection.read_until("world").await;
+    drop(connection);
+    let line = &node.lines(1).await[0];
+    assert_eq!((line.end_reason.name(), line.output, line.usage_output), ("client_gone", 2, Some(52)));
+    assert_eq!(line.charged_nano + line.absorbed_nano, 20 * INPUT_NANO + 52 * OUTPUT_NANO);
+    node.finish().await;
+}

@@ -112,7 +112,7 @@ fn read_config(given: Option<&Path>) -> Result<Config, Failure> {
         Err(error) if given.is_none() && error.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => return Err(format!("{}: {error}", path.display()).into()),
     };
-    let shown = text.is_some().then(|| format!("{}:\n", path.display())).unwrap_or_default();
+    let shown = if text.is_some() { format!("{}:\n", path.display()) } else { String::new() };
     Config::load(text.as_deref(), std::env::vars(), &upstream::dialects())
         .map_err(|errors| format!("{shown}{errors}").into())
 }

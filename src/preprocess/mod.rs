@@ -54,6 +54,7 @@ pub struct Call {
 
 /// What the steps came to.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "made once a request and taken apart at once")]
 pub enum Decision {
     Forward(Call),
     Answer(Command),

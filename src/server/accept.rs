@@ -43,11 +43,14 @@ pub struct Door {
     pub abort: watch::Receiver<bool>,
 }
 
+/// Open connections of each address that has any.
+type ByAddress = Arc<Mutex<HashMap<IpAddr, u32>>>;
+
 /// Connections that are open, in all and by address.
 #[derive(Clone)]
 pub struct Bounds {
     all: Arc<Semaphore>,
-    by_address: Arc<Mutex<HashMap<IpAddr, u32>>>,
+    by_address: ByAddress,
     server: Arc<config::Server>,
 }
 
@@ -92,7 +95,7 @@ impl Bounds {
 
 /// One connection of an address; given back with its drop.
 struct Place {
-    counted: Option<(Arc<Mutex<HashMap<IpAddr, u32>>>, IpAddr)>,
+    counted: Option<(ByAddress, IpAddr)>,
 }
 
 impl Drop for Place {

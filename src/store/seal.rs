@@ -108,7 +108,7 @@ fn unhex(hex: &str) -> Option<[u8; KEY_BYTES]> {
     let digits: Vec<u8> =
         hex.chars().map(|digit| digit.to_digit(16).map(|value| value as u8)).collect::<Option<_>>()?;
     let bytes: Vec<u8> = digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect();
-    if digits.len() % 2 == 0 { bytes.try_into().ok() } else { None }
+    if digits.len().is_multiple_of(2) { bytes.try_into().ok() } else { None }
 }
 
 #[cfg(test)]

@@ -36,7 +36,7 @@ type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
 /// A request body in pieces, written without joining them.
 #[derive(Clone, Debug, Default)]
 pub struct Pieces {
-    pieces: SmallVec<[Bytes; 9]>,
+    pieces: SmallVec<[Bytes; 4]>,
     at: usize,
 }
 
@@ -105,7 +105,7 @@ pub struct Client {
 type Origin = String;
 
 struct Idle {
-    line: Http1,
+    line: Box<Http1>,
     since: Instant,
 }
 
@@ -130,7 +130,7 @@ pub enum Source {
 
 /// Reads a body off a connection that it owns; gives the connection back when the body has ended.
 pub struct Http1Body {
-    line: Option<Http1>,
+    line: Option<Box<Http1>>,
     body: Incoming,
     origin: Origin,
     client: Arc<Client>,
@@ -207,12 +207,12 @@ impl Client {
             .handshake(io)
             .await
             .map_err(|_| Broken::Connect)?;
-        Ok(Connected::Http1(Http1 { connection, sender }))
+        Ok(Connected::Http1(Box::new(Http1 { connection, sender })))
     }
 
     async fn send_http1(
         self: &Arc<Client>,
-        mut line: Http1,
+        mut line: Box<Http1>,
         mut request: Request<Pieces>,
         origin: &Origin,
     ) -> Result<Response<Source>, Broken> {
@@ -250,7 +250,7 @@ impl Client {
         shared.get(origin).cloned()
     }
 
-    fn take_idle(&self, origin: &Origin) -> Option<Http1> {
+    fn take_idle(&self, origin: &Origin) -> Option<Box<Http1>> {
         loop {
             let mut idle = lock(&self.idle).get_mut(origin)?.pop()?;
             if idle.since.elapsed() > IDLE_MAX {
@@ -265,7 +265,7 @@ impl Client {
         }
     }
 
-    fn put_idle(&self, origin: Origin, line: Http1) {
+    fn put_idle(&self, origin: Origin, line: Box<Http1>) {
         let mut idle = lock(&self.idle);
         let lines = idle.entry(origin).or_default();
         let stale = lines.iter().take_while(|idle| idle.since.elapsed() > IDLE_MAX).count();
@@ -277,7 +277,7 @@ impl Client {
 }
 
 enum Connected {
-    Http1(Http1),
+    Http1(Box<Http1>),
     Http2(http2::SendRequest<Pieces>),
 }
 

@@ -259,7 +259,7 @@ impl Connection {
     }
 
     async fn more(&mut self) -> usize {
-        let mut chunk = [0; 16384];
+        let mut chunk = vec![0; 16384];
         let read = self.socket.read(&mut chunk).await.unwrap_or(0);
         self.bytes.extend_from_slice(&chunk[..read]);
         read

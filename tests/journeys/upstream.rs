@@ -110,7 +110,7 @@ async fn read_request(socket: &mut TcpStream) -> Option<Seen> {
                 return Some(Seen { head, body: bytes[end + 4..end + 4 + length].to_vec() });
             }
         }
-        let mut chunk = [0; 16384];
+        let mut chunk = vec![0; 16384];
         match socket.read(&mut chunk).await {
             Ok(0) | Err(_) => return None,
             Ok(read) => bytes.extend_from_slice(&chunk[..read]),

@@ -320,13 +320,6 @@ impl Source {
     pub async fn chunk(&mut self) -> Option<Result<Bytes, Broken>> {
         poll_fn(|cx| self.poll_chunk(cx)).await
     }
-
-    /// Gives the connection back if the body has ended; what has not ended is closed.
-    pub fn finish(&mut self) {
-        if let Source::Http1(body) = self {
-            body.give_back();
-        }
-    }
 }
 
 impl Http1Body {

@@ -21,6 +21,8 @@ use crate::sse::Parser;
 
 /// An incomplete frame waits for its end up to this size, then passes on as it comes.
 const FRAME_HELD_BYTES_MAX: usize = 64 << 10;
+/// How long the end of a body may come behind its terminator.
+const END_MAX: Duration = Duration::from_secs(1);
 /// How long an answer is read on for nobody, and how far.
 const DRAIN_MAX: Duration = Duration::from_secs(120);
 const DRAIN_BYTES_MAX: usize = 16 << 20;
@@ -69,7 +71,8 @@ pub struct Editing {
 /// Reads a source, frame by frame.
 #[derive(Debug)]
 pub struct Frames {
-    source: Source,
+    /// `None` once nothing more is to be read from it.
+    source: Option<Source>,
     parser: Parser,
     meter: Meter,
     /// The model's name as a JSON string, where it has to be put back.
@@ -91,7 +94,6 @@ pub struct Frames {
     finished: SmallVec<[u32; 1]>,
     choices: usize,
     done: bool,
-    ended: bool,
     lost: bool,
     /// Released when the connection is idle again, or closed.
     permit: Option<Permit>,
@@ -107,7 +109,7 @@ impl Frames {
     ) -> Frames {
         let model = editing.model.map(|name| serde_json::Value::from(name).to_string().into());
         Frames {
-            source,
+            source: Some(source),
             parser: Parser::new(),
             meter: Meter::new(vocabulary),
             model,
@@ -124,7 +126,6 @@ impl Frames {
             finished: SmallVec::new(),
             choices: choices as usize,
             done: false,
-            ended: false,
             lost: false,
             permit: Some(permit),
         }
@@ -145,10 +146,8 @@ impl Frames {
 
     /// Reads the next chunk, once [`Frames::next_frame`] has given all of the last one; `None` at the clean end.
     pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<(), Broken>>> {
-        if self.ended {
-            return Poll::Ready(None);
-        }
-        match self.source.poll_chunk(cx) {
+        let Some(source) = &mut self.source else { return Poll::Ready(None) };
+        match source.poll_chunk(cx) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Some(Ok(chunk))) => {
                 self.chunk = chunk;
@@ -156,13 +155,11 @@ impl Frames {
                 Poll::Ready(Some(Ok(())))
             }
             Poll::Ready(Some(Err(broken))) => {
-                self.ended = true;
-                self.permit = None;
+                self.end();
                 Poll::Ready(Some(Err(broken)))
             }
             Poll::Ready(None) => {
-                self.ended = true;
-                self.permit = None;
+                self.end();
                 Poll::Ready(None)
             }
         }
@@ -286,13 +283,25 @@ impl Frames {
         (0..self.choices as u32).filter(|choice| !self.finished.contains(choice))
     }
 
-    /// Ends a stream whose terminator has been read: the connection goes back, or is closed if there is more to come.
+    /// Ends a stream whose terminator has been read. The end of the body usually came together with it; where it did
+    /// not, it is waited for apart, so that the connection can be used again.
     pub fn finish(&mut self, cx: &mut Context<'_>) {
-        // The end of the body usually came together with the terminator.
-        if !self.ended && matches!(self.source.poll_chunk(cx), Poll::Ready(None)) {
-            self.source.finish();
+        if !matches!(self.poll_chunk(cx), Poll::Pending) {
+            return self.end(); // anything that comes behind the terminator is not for the client
         }
-        self.ended = true;
+        let (source, permit) = (self.source.take(), self.permit.take());
+        if let Some(mut source) = source {
+            tokio::spawn(async move {
+                let _ = tokio::time::timeout(END_MAX, source.chunk()).await;
+                drop(source); // closed, or given back already
+                drop(permit);
+            });
+        }
+    }
+
+    /// The connection was given back at the end of its body, or is closed here; then the permit goes.
+    fn end(&mut self) {
+        self.source = None;
         self.permit = None;
     }
 

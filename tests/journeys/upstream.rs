@@ -1,6 +1,7 @@
 //! A scripted upstream on a real socket: what it answers, when, and when it dies is written down per request.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -40,18 +41,24 @@ pub struct Upstream {
     pub address: SocketAddr,
     seen: Arc<Mutex<Vec<Seen>>>,
     closed: Arc<Notify>,
+    connections: Arc<AtomicUsize>,
 }
 
 impl Upstream {
     /// Answers request number n (from 0) as the script says.
     pub async fn start(script: impl Fn(usize, &Seen) -> Vec<Act> + Send + Sync + 'static) -> Upstream {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let upstream =
-            Upstream { address: listener.local_addr().unwrap(), seen: Arc::default(), closed: Arc::new(Notify::new()) };
+        let upstream = Upstream {
+            address: listener.local_addr().unwrap(),
+            seen: Arc::default(),
+            closed: Arc::new(Notify::new()),
+            connections: Arc::default(),
+        };
         let script: Arc<Script> = Arc::new(script);
         let accepting = upstream.clone();
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
+                accepting.connections.fetch_add(1, Ordering::SeqCst);
                 tokio::spawn(accepting.clone().serve(socket, script.clone()));
             }
         });
@@ -60,6 +67,11 @@ impl Upstream {
 
     pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
+    }
+
+    /// Connections that were made so far.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// Waits until a script's `AwaitClose` was fulfilled.

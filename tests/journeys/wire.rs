@@ -404,3 +404,21 @@ async fn a_title_call_goes_to_the_model_of_the_configuration() {
     assert_eq!((line.model_asked.as_str(), line.model.as_str()), ("m", "hidden"));
     node.finish().await;
 }
+
+#[tokio::test]
+async fn a_connection_whose_end_comes_behind_done_is_used_again() {
+    let upstream = Upstream::start(|number, seen| {
+        assert!(seen.head.contains("POST"));
+        let pause = Act::Pause(Duration::from_millis(30));
+        let answer = [text("Hello"), finish(), DONE.into()].concat();
+        if number < 2 { vec![stream_head(), chunk(answer), pause, stream_end()] } else { vec![Act::Close] }
+    })
+    .await;
+    let node = Setup::at(&upstream).start().await;
+    for _ in 0..2 {
+        assert!(node.chat(&streaming("")).await.whole);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(upstream.connections(), 1);
+    node.finish().await;
+}

@@ -1,13 +1,14 @@
 //! Arguments → configuration → runtime → run → exit code.
 
 use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use gpt_cat::admin::cli::{Cli, Command, ConfigCommand, Desk};
 use gpt_cat::config::{Config, DatabaseUrl, LogFormat};
-use gpt_cat::server::Server;
+use gpt_cat::server::{Doors, Server};
 use gpt_cat::store::{MasterKey, Store};
 use gpt_cat::{admin, ledger, telemetry, upstream};
 use tokio::net::TcpListener;
@@ -35,16 +36,16 @@ fn run(cli: Cli) -> Result<bool, Failure> {
     for warning in &config.warnings {
         eprintln!("gpt-cat: warning: {warning}");
     }
+    let DatabaseUrl::Sqlite(path) = &config.database_url else {
+        return Err("database_url: this version keeps its books in SQLite; use sqlite:<path>".into());
+    };
     if let Command::Config(ConfigCommand::Check) = command {
-        println!("the configuration is good");
+        print("the configuration is good\n")?;
         return Ok(true);
     }
     std::fs::create_dir_all(&config.data_dir).map_err(|error| format!("{}: {error}", config.data_dir.display()))?;
     let master = std::env::var("GPT_CAT_MASTER_KEY").ok();
     let master = MasterKey::load(master.as_deref(), &config.data_dir.join("master.key"))?;
-    let DatabaseUrl::Sqlite(path) = &config.database_url else {
-        return Err("database_url: this version keeps its books in SQLite; use sqlite:<path>".into());
-    };
     let store = Store::open(path)?;
     if let Command::Serve = command {
         let workers = config.server.workers;
@@ -62,32 +63,23 @@ async fn serve(config: Config, store: Store, master: MasterKey) -> Result<bool, 
     let json = config.log.format == LogFormat::Json;
     let _log = telemetry::start(&config.log.level, json, config.log.file.as_deref())?;
     let mut stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
-    let welcome = admin::first_start(&config, &store, &master, |name| std::env::var(name).ok()).await?;
     let api = match config.admin.listen {
         Some(address) => {
             Some(TcpListener::bind(address).await.map_err(|error| format!("admin.listen {address}: {error}"))?)
         }
         None => None,
     };
-    let server = Server::start(config.clone(), store.clone(), master).await?;
-
-    let mut out = std::io::stdout().lock();
-    let mut base = None;
-    let http = server.http_address().map(|address| ("http", address));
-    let https = server.https_address().map(|address| ("https", address));
-    for (scheme, mut address) in http.into_iter().chain(https) {
-        if address.ip().is_unspecified() {
-            address.set_ip(std::net::Ipv4Addr::LOCALHOST.into()); // something that can be called
-        }
-        let url = format!("{scheme}://{address}");
-        writeln!(out, "listening on {url}")?;
-        base.get_or_insert(url);
-    }
+    let doors = Doors::open(&config.server).await?;
+    let urls = urls(&doors);
+    let welcome = admin::first_start(&config, &store, &master, |name| std::env::var(name).ok()).await?;
     if let Some(welcome) = welcome {
-        write!(out, "{}", welcome.text(base.as_deref().unwrap_or_default()))?;
+        // At once: the secrets are stored as hashes only, so nothing may come between.
+        print(&welcome.text(&urls[0]))?;
     }
-    out.flush()?;
-    drop(out);
+    let server = Server::start(config.clone(), store.clone(), master, doors).await?;
+    for url in &urls {
+        print(&format!("listening on {url}\n"))?;
+    }
 
     let api = api.map(|listener| tokio::spawn(admin::serve_api(listener, config, store, ledger::CHECK_LINE)));
     let [terminate, interrupt] = &mut stop;
@@ -103,6 +95,25 @@ async fn serve(config: Config, store: Store, master: MasterKey) -> Result<bool, 
         api.abort();
     }
     Ok(true)
+}
+
+/// Where to call, at least one; an address of all interfaces is shown as the loopback.
+fn urls(doors: &Doors) -> Vec<String> {
+    let http = doors.http_address().map(|address| ("http", address));
+    let https = doors.https_address().map(|address| ("https", address));
+    let shown = |(scheme, mut address): (&str, SocketAddr)| {
+        if address.ip().is_unspecified() {
+            address.set_ip(Ipv4Addr::LOCALHOST.into());
+        }
+        format!("{scheme}://{address}")
+    };
+    http.into_iter().chain(https).map(shown).collect()
+}
+
+fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
 }
 
 fn read_config(given: Option<&Path>) -> Result<Config, Failure> {

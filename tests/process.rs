@@ -33,24 +33,16 @@ impl Gateway {
         more(&mut command);
         let mut child = command.spawn().unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
-        let mut first = String::new();
-        out.read_line(&mut first).unwrap();
-        let base = first.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("{first:?}")).to_owned();
-        let mut gateway = Gateway { child, base, welcome: String::new() };
-        // What follows is there already: it is flushed in one go.
-        let (send, receive) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            for line in out.lines().map_while(Result::ok) {
-                if send.send(line).is_err() {
-                    return;
-                }
+        let mut welcome = String::new();
+        let base = loop {
+            let mut line = String::new();
+            assert!(out.read_line(&mut line).unwrap() > 0, "it ended: {welcome}");
+            if let Some(base) = line.trim().strip_prefix("listening on http://") {
+                break base.to_owned();
             }
-        });
-        while let Ok(line) = receive.recv_timeout(Duration::from_millis(300)) {
-            gateway.welcome += &line;
-            gateway.welcome += "\n";
-        }
-        gateway
+            welcome += &line;
+        };
+        Gateway { child, base, welcome }
     }
 
     fn ask(&self, body: &str) -> TcpStream {
@@ -363,4 +355,14 @@ fn the_admin_api_wants_the_token_and_shows_what_the_subcommands_show() {
     }
     assert!(get("/users", TOKEN).contains(r#""user":"first""#));
     assert!(get("/nothing", TOKEN).starts_with("HTTP/1.1 404"));
+}
+
+#[test]
+fn a_port_in_use_costs_the_first_start_none_of_its_secrets() {
+    let folder = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let _holder = TcpListener::bind(&taken).unwrap();
+    let output = command(folder.path()).env("GPT_CAT_SERVER__HTTP", &taken).output().unwrap();
+    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains(&taken));
+    assert!(Gateway::start(folder.path(), |_| {}).welcome.contains(KEY));
 }

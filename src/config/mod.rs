@@ -161,7 +161,7 @@ pub struct Server {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admin {
-    /// API and metrics; `None`: switched off.
+    /// The admin API; `None`: switched off.
     pub listen: Option<SocketAddr>,
 }
 

@@ -64,6 +64,8 @@ pub struct Ended {
     pub estimated: bool,
     /// Whether anything of the answer was handed over.
     pub content: bool,
+    /// The upstream may bill although nothing was handed over: it was called, and not heard to refuse.
+    pub may_be_billed: bool,
 }
 
 /// A call that is open: its hold, its place in the journal, its line so far.
@@ -114,8 +116,9 @@ struct PromptText {
 
 impl Ended {
     /// A call that was answered with an error and nothing else.
-    pub fn failed(status: u16) -> Ended {
+    pub fn failed(status: u16, may_be_billed: bool) -> Ended {
         Ended {
+            may_be_billed,
             reason: EndReason::Failed,
             status,
             usage: None,
@@ -289,7 +292,7 @@ impl OpenLine {
         }
         let mark =
             Mark { input: inner.prompt.best_guess(), output, hold_nano: inner.held, account_id: inner.line.account_id };
-        ledger.journal.mark(inner.line.sequence, &mark)
+        ledger.journal.mark(&mut inner.place, inner.line.sequence, &mark)
     }
 
     /// Takes as many further slices as `output` needs from the room that there is, and writes MARK; false when the room
@@ -364,6 +367,7 @@ impl Drop for OpenLine {
             output: inner.output,
             estimated: inner.estimated,
             content: inner.content,
+            may_be_billed: inner.called,
         };
         let ledger = self.ledger.clone();
         let counts = inner.content && inner.prompt.counted.is_none() && inner.prompt.is_long();
@@ -415,8 +419,8 @@ impl Inner {
             (line.usage_input, line.usage_cached) = (Some(input), Some(cached_input));
             (line.usage_output, line.usage_reasoning) = (Some(output), Some(reasoning));
         }
-        if line.billed == Billed::Nothing && *called && ended.reason == EndReason::ClientGone {
-            // The upstream may bill a call that we cancelled; the hold is the most that it can come to.
+        if line.billed == Billed::Nothing && *called && ended.may_be_billed {
+            // A call that was cancelled, or waited for in vain; the hold is the most that it can come to.
             line.absorbed_nano = *held;
             line.estimated = true;
         }

@@ -28,8 +28,10 @@ const HEAD_BYTES: usize = 4 + 4 + 8 + 1;
 const CRC_BYTES: usize = 4;
 /// No record is longer: its strings are bounded where they enter (ids 128 bytes, names 256).
 const RECORD_BYTES_MAX: usize = 4096;
-/// Room that an open call keeps: its END and the two MARKs that cannot be refused.
-const ROOM_BYTES: u64 = RECORD_BYTES_MAX as u64;
+/// A MARK with every number at its longest.
+const MARK_BYTES_MAX: u64 = 96;
+/// Room that an open call keeps: its END, and the MARKs of its first content and of its end.
+const ROOM_BYTES: u64 = RECORD_BYTES_MAX as u64 + 2 * MARK_BYTES_MAX;
 /// Large enough to make a new file rare, small enough for a small machine's disk.
 const SEGMENT_BYTES: u64 = 16 << 20;
 /// A record never straddles segments: a segment counts as full when the longest might not fit.
@@ -134,6 +136,8 @@ enum Unshipped {
 #[derive(Debug)]
 pub struct Place {
     segment: u64,
+    /// What is left of the call's [`ROOM_BYTES`].
+    room: u64,
 }
 
 impl Journal {
@@ -176,21 +180,15 @@ impl Journal {
         let record = encode(Kind::Open, open.line.sequence, open);
         let mut writer = self.lock();
         let need = record.len() as u64 + ROOM_BYTES;
-        while writer.free() < writer.reserved + need {
-            if (writer.segments.len() as u64 + 1) * SEGMENT_BYTES > self.bytes_max {
-                return Err(JournalFull);
-            }
-            if let Err(error) = writer.allocate(&self.folder) {
-                tracing::error!(%error, "journal: cannot allocate a segment");
-                return Err(JournalFull);
-            }
+        if !self.make_free(&mut writer, need) {
+            return Err(JournalFull);
         }
         writer.reserved += ROOM_BYTES;
         match writer.append(&record) {
             Ok(_) => {
                 let segment = writer.current();
                 segment.open += 1;
-                let place = Place { segment: segment.number };
+                let place = Place { segment: segment.number, room: ROOM_BYTES };
                 self.written(writer);
                 Ok(place)
             }
@@ -202,12 +200,18 @@ impl Journal {
         }
     }
 
-    /// Writes MARK; false when there is no room for one more, or the disk fails: then nothing may be released on it.
-    pub fn mark(&self, sequence: u64, mark: &Mark) -> bool {
+    /// Writes MARK, in room of its own or, when there is none, in what was kept for it; false when neither is left or the
+    /// disk fails: then nothing may be released on it.
+    pub fn mark(&self, place: &mut Place, sequence: u64, mark: &Mark) -> bool {
         let record = encode(Kind::Mark, sequence, mark);
+        let bytes = record.len() as u64;
         let mut writer = self.lock();
-        if writer.free() < writer.reserved + record.len() as u64 {
-            return false;
+        if !self.make_free(&mut writer, bytes) {
+            if place.room < RECORD_BYTES_MAX as u64 + bytes {
+                return false;
+            }
+            place.room -= bytes;
+            writer.reserved -= bytes;
         }
         match writer.append(&record) {
             Ok(_) => {
@@ -225,7 +229,7 @@ impl Journal {
     /// not take is kept in memory.
     pub fn end(&self, place: Place, line: Line) {
         let mut writer = self.lock();
-        writer.reserved -= ROOM_BYTES;
+        writer.reserved -= place.room;
         writer.ended += 1;
         let ended = writer.ended;
         let end = End { ordinal: ended, line };
@@ -314,6 +318,20 @@ impl Journal {
         if remove && let Err(error) = fs::remove_dir_all(&self.folder) {
             tracing::warn!(%error, "journal: cannot remove the folder of a closed boot");
         }
+    }
+
+    /// Sees to it that so many bytes are free beside what is reserved, with a further segment where the bound allows it.
+    fn make_free(&self, writer: &mut Writer, bytes: u64) -> bool {
+        while writer.free() < writer.reserved + bytes {
+            if (writer.segments.len() as u64 + 1) * SEGMENT_BYTES > self.bytes_max {
+                return false;
+            }
+            if let Err(error) = writer.allocate(&self.folder) {
+                tracing::error!(%error, "journal: cannot allocate a segment");
+                return false;
+            }
+        }
+        true
     }
 
     fn lock(&self) -> MutexGuard<'_, Writer> {
@@ -683,10 +701,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dead = dead(root.path(), |journal| {
             let ended = open(journal, 1).unwrap();
-            open(journal, 2).unwrap();
+            let mut place = open(journal, 2).unwrap();
             open(journal, 3).unwrap();
-            journal.mark(2, &Mark { input: 3, output: 5, hold_nano: 100, account_id: Some(4) });
-            journal.mark(2, &Mark { input: 3, output: 9, hold_nano: 150, account_id: Some(4) });
+            journal.mark(&mut place, 2, &Mark { input: 3, output: 5, hold_nano: 100, account_id: Some(4) });
+            journal.mark(&mut place, 2, &Mark { input: 3, output: 9, hold_nano: 150, account_id: Some(4) });
             journal.end(ended, line(1));
         });
         let left = read(&dead);
@@ -733,8 +751,15 @@ mod tests {
         }
         assert!(places.len() > 5000, "{}", places.len());
         let count = places.len();
+        let largest = Mark { input: u64::MAX, output: u64::MAX, hold_nano: i64::MIN, account_id: Some(i64::MIN) };
+        assert!(encode(Kind::Mark, u64::MAX, &largest).len() as u64 <= MARK_BYTES_MAX);
+        for (place, sequence) in places.iter_mut().zip(1..) {
+            for _ in 0..2 {
+                assert!(journal.mark(place, sequence, &largest), "two are never refused");
+            }
+        }
+        assert!((0..100).any(|_| !journal.mark(&mut places[0], 1, &largest)), "further ones are, in the end");
         for (place, sequence) in places.into_iter().zip(1..) {
-            assert!(journal.mark(sequence, &Mark::default()) || sequence > 1000);
             journal.end(place, line(sequence));
         }
         assert!(!journal.is_failed());
@@ -748,6 +773,17 @@ mod tests {
         assert_eq!(shipped, count);
         // What was shipped makes room again.
         assert!(open(&journal, 1).is_ok());
+    }
+
+    #[test]
+    fn marks_go_on_into_further_segments() {
+        let root = tempfile::tempdir().unwrap();
+        let journal = Journal::create(root.path(), [7; 16], 1 << 30).unwrap();
+        let mut place = open(&journal, 1).unwrap();
+        let largest = Mark { input: u64::MAX, output: u64::MAX, hold_nano: i64::MIN, account_id: Some(i64::MIN) };
+        while journal.lock().segments.len() < 3 {
+            assert!(journal.mark(&mut place, 1, &largest));
+        }
     }
 
     #[test]

@@ -66,6 +66,11 @@ impl Account {
         }
     }
 
+    /// Whether it is this one, perhaps as it was before it was changed.
+    pub fn is(&self, other: &Account) -> bool {
+        self.id == other.id && (self.id.is_some() || self.name == other.name)
+    }
+
     /// Whether it may answer `model` (the name that clients use) at `endpoint`.
     pub fn serves(&self, endpoint: &str, model: &str) -> bool {
         self.enabled

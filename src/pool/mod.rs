@@ -47,7 +47,7 @@ struct Slot {
 struct Waiter {
     user_id: i64,
     model: Arc<Model>,
-    tried: Vec<Option<i64>>,
+    tried: Vec<Arc<Account>>,
     lend: oneshot::Sender<Permit>,
 }
 
@@ -88,10 +88,7 @@ impl Pool {
         }
         for account in accounts {
             let account = Arc::new(account);
-            let same = |slot: &&mut Slot| {
-                slot.account.id == account.id && (account.id.is_some() || slot.account.name == account.name)
-            };
-            match state.slots.iter_mut().find(same) {
+            match state.slots.iter_mut().find(|slot| slot.account.is(&account)) {
                 Some(slot) => {
                     slot.account = account;
                     slot.removed = false;
@@ -103,6 +100,11 @@ impl Pool {
         self.serve_waiting(state);
     }
 
+    /// Until when a call that comes now may wait for its accounts.
+    pub fn deadline(&self) -> tokio::time::Instant {
+        tokio::time::Instant::now() + Duration::from_secs(self.bounds.queue_deadline_s)
+    }
+
     /// Whether an enabled account serves the model at all, busy or not.
     pub fn serves(&self, model: &Model) -> bool {
         self.lock().slots.iter().any(|slot| !slot.removed && slot.offer(model).is_some())
@@ -110,12 +112,14 @@ impl Pool {
 
     /// Lends an account for `model` that is not among `tried`, waiting in line when all are busy.
     ///
-    /// `NoAccount` when none could ever serve it, `QueueFull` and `QueueTimeout` by the bounds of the configuration.
+    /// Waits until `deadline` at most. `NoAccount` when none could ever serve it, `UpstreamBusy` when all that could rest
+    /// beyond the deadline, `QueueFull` and `QueueTimeout` by the bounds of the configuration.
     pub async fn permit(
         self: &Arc<Pool>,
         model: &Arc<Model>,
         user_id: i64,
-        tried: &[Option<i64>],
+        tried: &[Arc<Account>],
+        deadline: tokio::time::Instant,
     ) -> Result<Permit, Error> {
         let waiting = {
             let mut state = self.lock();
@@ -125,6 +129,9 @@ impl Pool {
             if let Some(permit) = self.lend(&mut state, model, tried) {
                 return Ok(permit);
             }
+            if let Some(retry_after_s) = state.resting_past(model, tried, deadline.into_std()) {
+                return Err(Error::UpstreamBusy { retry_after_s });
+            }
             let of_user = state.waiting.iter().filter(|waiter| waiter.user_id == user_id).count();
             if state.waiting.len() >= self.bounds.queue_max || of_user >= self.bounds.queue_user_max {
                 return Err(Error::QueueFull { retry_after_s: self.bounds.queue_deadline_s });
@@ -133,7 +140,7 @@ impl Pool {
             state.waiting.push_back(Waiter { user_id, model: model.clone(), tried: tried.to_vec(), lend });
             waiting
         };
-        let deadline = tokio::time::sleep(Duration::from_secs(self.bounds.queue_deadline_s));
+        let deadline = tokio::time::sleep_until(deadline);
         let mut rested = tokio::time::interval(RESTED_EVERY);
         tokio::pin!(deadline, waiting);
         loop {
@@ -152,7 +159,7 @@ impl Pool {
     pub fn rest(&self, account: &Account, pause: Duration) {
         let until = Instant::now() + pause.min(REST_MAX);
         let mut state = self.lock();
-        if let Some(slot) = state.slots.iter_mut().find(|slot| slot.account.id == account.id && account.id.is_some()) {
+        if let Some(slot) = state.slots.iter_mut().find(|slot| slot.account.is(account)) {
             slot.resting_until = slot.resting_until.max(Some(until));
         }
     }
@@ -162,7 +169,7 @@ impl Pool {
     }
 
     /// The best account that is free: lowest tier, then the least loaded for its weight, then in turn.
-    fn lend(self: &Arc<Pool>, state: &mut State, model: &Model, tried: &[Option<i64>]) -> Option<Permit> {
+    fn lend(self: &Arc<Pool>, state: &mut State, model: &Model, tried: &[Arc<Account>]) -> Option<Permit> {
         let now = Instant::now();
         let (count, turn) = (state.slots.len(), state.turn);
         let best = (0..count)
@@ -201,9 +208,7 @@ impl Pool {
 
     fn give_back(self: &Arc<Pool>, account: &Account) {
         let mut state = self.lock();
-        let same = |slot: &Slot| slot.account.id == account.id && slot.account.name == account.name;
-        let renamed = |slot: &Slot| slot.account.id == account.id && account.id.is_some();
-        let Some(index) = state.slots.iter().position(|slot| same(slot) || renamed(slot)) else { return };
+        let Some(index) = state.slots.iter().position(|slot| slot.account.is(account)) else { return };
         state.slots[index].in_flight = state.slots[index].in_flight.saturating_sub(1);
         if state.slots[index].removed && state.slots[index].in_flight == 0 {
             state.slots.remove(index);
@@ -219,13 +224,22 @@ const RESTED_EVERY: Duration = Duration::from_millis(250);
 /// A provider's longest believable pause.
 const REST_MAX: Duration = Duration::from_secs(24 * 3600);
 
+impl State {
+    /// Seconds until the first of the accounts that may serve has rested, if all of them rest beyond `deadline`.
+    fn resting_past(&self, model: &Model, tried: &[Arc<Account>], deadline: Instant) -> Option<u64> {
+        let serving = self.slots.iter().filter(|slot| slot.may_serve(model, tried));
+        let first = serving.map(|slot| slot.resting_until).min()??;
+        (first > deadline).then(|| first.saturating_duration_since(Instant::now()).as_secs().max(1))
+    }
+}
+
 impl Slot {
     fn offer<'m>(&self, model: &'m Model) -> Option<&'m Offer> {
         model.offers.iter().find(|offer| self.account.serves(&offer.endpoint.name, &model.name))
     }
 
-    fn may_serve(&self, model: &Model, tried: &[Option<i64>]) -> bool {
-        !self.removed && !tried.contains(&self.account.id) && self.offer(model).is_some()
+    fn may_serve(&self, model: &Model, tried: &[Arc<Account>]) -> bool {
+        !self.removed && !tried.iter().any(|tried| tried.is(&self.account)) && self.offer(model).is_some()
     }
 
     fn is_free(&self, now: Instant) -> bool {
@@ -288,9 +302,21 @@ mod tests {
         pool
     }
 
+    fn soon() -> tokio::time::Instant {
+        tokio::time::Instant::now() + Duration::from_secs(25)
+    }
+
+    #[tokio::test]
+    async fn a_call_does_not_wait_for_an_account_that_rests_beyond_its_deadline() {
+        let pool = pool(vec![account(1, 0, 5)]);
+        pool.rest(&account(1, 0, 5), Duration::from_secs(600));
+        let error = pool.permit(&model(), 1, &[], soon()).await.unwrap_err();
+        assert!(matches!(error, Error::UpstreamBusy { retry_after_s: 598..=600 }), "{error:?}");
+    }
+
     #[tokio::test]
     async fn an_empty_pool_is_an_error_and_no_panic() {
-        let error = pool(vec![]).permit(&model(), 1, &[]).await.unwrap_err();
+        let error = pool(vec![]).permit(&model(), 1, &[], soon()).await.unwrap_err();
         assert_eq!(error, Error::NoAccount { model: "m".into() });
     }
 
@@ -299,7 +325,7 @@ mod tests {
         let pool = pool(vec![account(1, 1, 9), account(2, 0, 2), account(3, 0, 2)]);
         let mut lent = Vec::new();
         for _ in 0..5 {
-            lent.push(pool.permit(&model(), 1, &[]).await.unwrap());
+            lent.push(pool.permit(&model(), 1, &[], soon()).await.unwrap());
         }
         let mut ids: Vec<_> = lent.iter().map(|permit| permit.account.id.unwrap()).collect();
         assert_ne!(ids[0], ids[1], "two idle accounts take turns");
@@ -311,10 +337,10 @@ mod tests {
     async fn who_waits_gets_the_permit_that_comes_back_first_come_first_served() {
         let pool = pool(vec![account(1, 0, 1)]);
         let model = model();
-        let held = pool.permit(&model, 1, &[]).await.unwrap();
+        let held = pool.permit(&model, 1, &[], pool.deadline()).await.unwrap();
         let wait = |order: usize| {
             let (pool, model) = (pool.clone(), model.clone());
-            tokio::spawn(async move { (order, pool.permit(&model, 1, &[]).await.map(|_| ())) })
+            tokio::spawn(async move { (order, pool.permit(&model, 1, &[], pool.deadline()).await.map(|_| ())) })
         };
         let first = wait(1);
         tokio::task::yield_now().await;
@@ -329,8 +355,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn waiting_ends_at_the_deadline() {
         let pool = pool(vec![account(1, 0, 1)]);
-        let _held = pool.permit(&model(), 1, &[]).await.unwrap();
-        let error = pool.permit(&model(), 1, &[]).await.unwrap_err();
+        let _held = pool.permit(&model(), 1, &[], soon()).await.unwrap();
+        let error = pool.permit(&model(), 1, &[], soon()).await.unwrap_err();
         assert_eq!(error, Error::QueueTimeout { retry_after_s: 1 });
     }
 
@@ -338,25 +364,25 @@ mod tests {
     async fn a_waiter_that_left_does_not_keep_the_permit() {
         let pool = pool(vec![account(1, 0, 1)]);
         let model = model();
-        let held = pool.permit(&model, 1, &[]).await.unwrap();
+        let held = pool.permit(&model, 1, &[], pool.deadline()).await.unwrap();
         {
-            let left = pool.permit(&model, 1, &[]);
+            let left = pool.permit(&model, 1, &[], pool.deadline());
             tokio::pin!(left);
             assert!(tokio::time::timeout(Duration::from_millis(1), &mut left).await.is_err());
         }
         drop(held);
-        assert!(pool.permit(&model, 1, &[]).await.is_ok());
+        assert!(pool.permit(&model, 1, &[], pool.deadline()).await.is_ok());
     }
 
     #[tokio::test]
     async fn a_disabled_account_finishes_its_calls_and_is_lent_no_more() {
         let pool = pool(vec![account(1, 0, 5)]);
-        let held = pool.permit(&model(), 1, &[]).await.unwrap();
+        let held = pool.permit(&model(), 1, &[], soon()).await.unwrap();
         pool.replace(vec![Account { enabled: false, ..account(1, 0, 5) }]);
-        assert!(matches!(pool.permit(&model(), 1, &[]).await, Err(Error::NoAccount { .. })));
+        assert!(matches!(pool.permit(&model(), 1, &[], soon()).await, Err(Error::NoAccount { .. })));
         drop(held);
         pool.replace(vec![account(1, 0, 1)]);
-        assert!(pool.permit(&model(), 1, &[]).await.is_ok());
+        assert!(pool.permit(&model(), 1, &[], soon()).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
@@ -369,7 +395,7 @@ mod tests {
             .map(|_| {
                 let (pool, model, now, most) = (pool.clone(), model.clone(), now.clone(), most.clone());
                 tokio::spawn(async move {
-                    let permit = pool.permit(&model, 1, &[]).await.unwrap();
+                    let permit = pool.permit(&model, 1, &[], pool.deadline()).await.unwrap();
                     most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                     tokio::time::sleep(Duration::from_millis(10)).await;
                     now.fetch_sub(1, Ordering::SeqCst);

@@ -18,6 +18,7 @@ pub use command::Command;
 use crate::catalog::{Catalog, Model};
 use crate::config::Config;
 use crate::error::Error;
+use crate::pool::Pool;
 use crate::request::Head;
 use crate::users::{Key, Users};
 
@@ -27,6 +28,7 @@ pub struct World<'a> {
     pub config: &'a Config,
     pub catalog: &'a Catalog,
     pub users: &'a Users,
+    pub pool: &'a Pool,
     /// Milliseconds since 1970 UTC, for keys that expire.
     pub now_ms: i64,
 }

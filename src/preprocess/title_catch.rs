@@ -12,13 +12,14 @@ pub(super) fn run(world: &World<'_>, draft: &mut Draft) -> Result<Option<Command
     let rule = &world.config.title_catch;
     let target = rule.patterns.iter().find_map(|pattern| {
         let target = pattern.model.as_ref().or(rule.model.as_ref())?;
-        matches(pattern, head).then_some(target)
+        matches(pattern, head).then_some((target, &pattern.whose))
     });
     // Never to a model that the key may not use, or that nobody serves: the call then goes where it was meant to go.
-    if let Some(target) = target
-        && world.catalog.find(target).is_some()
+    if let Some((target, whose)) = target
+        && world.catalog.find(target).is_some_and(|model| world.pool.serves(model))
         && key.user.group().allows(target)
     {
+        tracing::debug!(whose, target, "title caught");
         draft.model_name = Some(target.clone());
     }
     Ok(None)

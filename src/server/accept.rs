@@ -4,9 +4,13 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
+use hyper::body::{Body, Frame, SizeHint};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -16,7 +20,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::guard::{Calls, Deadlines, Guarded};
+use super::guard::{Calls, Deadlines, Guarded, InHand};
+use super::relay::Broke;
+use super::reply::Reply;
 use super::tls::Certificate;
 use super::{Gateway, journey};
 use crate::config;
@@ -165,8 +171,7 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(socket: T, do
         let (gateway, in_hand) = (gateway.clone(), calls.enter());
         async move {
             let response = journey::answer(gateway, request).await;
-            drop(in_hand);
-            Ok::<_, Infallible>(response)
+            Ok::<_, Infallible>(response.map(|body| Held { body, _in_hand: in_hand }))
         }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
@@ -183,6 +188,29 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(socket: T, do
         // What a client does to its connection is no news; what matters was settled when its reply was dropped.
         _ = watcher.watch(connection) => {}
         _ = abort.wait_for(|abort| *abort) => {}
+    }
+}
+
+/// A body whose request is in hand until it is dropped: a silent stream is no idle connection.
+struct Held {
+    body: Reply,
+    _in_hand: InHand,
+}
+
+impl Body for Held {
+    type Data = Bytes;
+    type Error = Broke;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broke>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, HeaderMap};
+use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
-use hyper::{Request, Response};
+use hyper::{Request, Response, Version};
 
 use super::body::{self, Weight};
 use super::models;
@@ -66,6 +66,10 @@ async fn chat_completion(
     request_id: &str,
 ) -> Result<Response<Reply>, Error> {
     gateway.ready()?;
+    if parts.headers.contains_key(CONTENT_LENGTH) && parts.headers.contains_key(TRANSFER_ENCODING) {
+        // Two lengths: behind a proxy that believes the other one, the rest would be somebody else's request.
+        return Err(Error::body("content-length", "must not come together with transfer-encoding"));
+    }
     body::check_media_type(&parts.headers)?;
     let server = &snapshot.config.server;
     let progress = Duration::from_secs(server.body_timeout_s);
@@ -87,7 +91,8 @@ async fn forward(
     request_id: &str,
 ) -> Result<Response<Reply>, Error> {
     let line = gateway.ledger.open(ask_ledger(&call, parts, request_id)).await?;
-    let terms = terms(gateway, snapshot, &call, weight, request_id);
+    let mut terms = terms(gateway, snapshot, &call, weight, request_id);
+    terms.breaks = parts.version < Version::HTTP_2;
     let (stream, head_within) = (call.head.stream, terms.keep_alive);
     let mut opening = Box::pin(ask_upstream(gateway.clone(), call, line));
     let opened = match stream {
@@ -103,7 +108,7 @@ async fn forward(
         Ok(Answer::Stream(frames)) => Ok(reply::stream(Reply::Stream(Box::new(Relay::streaming(frames, line, terms))))),
         Ok(Answer::Whole(whole)) => Ok(settle_whole(whole, line).await),
         Err(error) => {
-            line.end(Ended::failed(error.status()));
+            line.end(Ended::failed(error.status(), matches!(error, Error::UpstreamTimeout { .. })));
             Err(error)
         }
     }
@@ -115,7 +120,8 @@ async fn ask_upstream(gateway: Arc<Gateway>, call: Call, mut line: OpenLine) -> 
     let called = |permit: &crate::pool::Permit| {
         line.called(permit.account.id, &permit.offer.endpoint.name, &permit.offer.upstream_model);
     };
-    let answer = gateway.upstream.open(&ask, called).await;
+    let opening = tokio::time::timeout(gateway.upstream.total_max(), gateway.upstream.open(&ask, called)).await;
+    let answer = opening.unwrap_or(Err(Error::UpstreamTimeout { reason: "its answer took too long" }));
     Opened { answer, line }
 }
 
@@ -129,6 +135,7 @@ async fn settle_whole(whole: Whole, mut line: OpenLine) -> Response<Reply> {
         output: whole.output,
         estimated: whole.estimated,
         content: true,
+        may_be_billed: true,
     });
     reply::json(whole.pieces)
 }
@@ -153,18 +160,27 @@ fn terms(gateway: &Gateway, snapshot: &Snapshot, call: &Call, weight: Weight, re
         keep_alive: Duration::from_secs(snapshot.config.server.keep_alive_s),
         silence_max: gateway.upstream.silence_max(),
         total_max: gateway.upstream.total_max(),
+        begun: tokio::time::Instant::now(),
+        breaks: true,
+        stop: gateway.stop.clone(),
         _weight: weight,
     }
 }
 
 fn world<'a>(gateway: &'a Gateway, snapshot: &'a Snapshot) -> World<'a> {
-    World { config: &snapshot.config, catalog: &snapshot.catalog, users: &gateway.users, now_ms: now_ms() }
+    World {
+        config: &snapshot.config,
+        catalog: &snapshot.catalog,
+        users: &gateway.users,
+        pool: &gateway.pool,
+        now_ms: now_ms(),
+    }
 }
 
 /// The key as the client sent it: a bearer token, or `x-api-key` as some front ends do. Anything else in
 /// `Authorization` is a key that is not valid, however short.
 fn presented(headers: &HeaderMap) -> Option<String> {
-    let Some(authorization) = headers.get(AUTHORIZATION) else {
+    let Some(authorization) = headers.get(AUTHORIZATION).filter(|value| !value.is_empty()) else {
         return headers.get("x-api-key").map(|key| String::from_utf8_lossy(key.as_bytes()).trim().to_owned());
     };
     let given = authorization.to_str().unwrap_or_default();

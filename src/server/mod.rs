@@ -19,10 +19,10 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::catalog::Catalog;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::error::Error;
 use crate::ledger::Ledger;
 use crate::meter::Vocabulary;
@@ -34,6 +34,10 @@ use crate::users::Users;
 
 /// Changes that an operator made are seen this often.
 const CHANGES_EVERY: Duration = Duration::from_millis(400);
+/// What streams have to send their last event, once they were told to end.
+const FAREWELL_MAX: Duration = Duration::from_secs(1);
+/// Idle upstream connections are looked through this often, in [`CHANGES_EVERY`].
+const SWEEP_TICKS: u64 = 25;
 /// What the ledger may take to settle calls that were cut off.
 const SETTLE_MAX: Duration = Duration::from_secs(5);
 
@@ -47,6 +51,8 @@ pub struct Gateway {
     bodies: Arc<body::Bodies>,
     request_ids: RequestIds,
     draining: AtomicBool,
+    /// Tells open streams that the patience with them is over.
+    stop: Arc<Notify>,
 }
 
 /// What changes only as a whole; a request keeps the one that it began with.
@@ -66,13 +72,47 @@ impl Gateway {
     }
 }
 
-/// A server that listens.
+/// The doors of a server: bound before anything else, so that a port in use costs nothing.
+pub struct Doors {
+    http: Option<TcpListener>,
+    https: Option<(TcpListener, tls::Certificate)>,
+}
+
+impl Doors {
+    /// Binds the configured addresses and reads the certificate, where there is one.
+    pub async fn open(config: &config::Server) -> Result<Doors, StartError> {
+        let certificate = tls::Certificate::load(&config.tls_cert, &config.tls_key)?;
+        let http = match config.http {
+            Some(address) => Some(accept::bind(address).await?),
+            None => None,
+        };
+        let https = match certificate.zip(config.https) {
+            Some((certificate, address)) => Some((accept::bind(address).await?, certificate)),
+            None => None,
+        };
+        if http.is_none() && https.is_none() {
+            return Err("server.http is off, and HTTPS has no certificate: there is nowhere to listen".into());
+        }
+        Ok(Doors { http, https })
+    }
+
+    /// Where it listens for plain HTTP.
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.http.as_ref().and_then(|listener| listener.local_addr().ok())
+    }
+
+    /// Where it listens for HTTPS.
+    pub fn https_address(&self) -> Option<SocketAddr> {
+        self.https.as_ref().and_then(|(listener, _)| listener.local_addr().ok())
+    }
+}
+
+/// A server that is ready to serve.
 pub struct Server {
     gateway: Arc<Gateway>,
     store: Store,
     master: MasterKey,
-    http: Option<TcpListener>,
-    https: Option<(TcpListener, tls::Certificate)>,
+    doors: Doors,
     changes: i64,
 }
 
@@ -80,17 +120,8 @@ pub struct Server {
 pub type StartError = Box<dyn std::error::Error + Send + Sync>;
 
 impl Server {
-    /// Settles what earlier processes left, reads what the store has, and listens.
-    pub async fn start(config: Config, store: Store, master: MasterKey) -> Result<Server, StartError> {
-        let http = match config.server.http {
-            Some(address) => Some(accept::bind(address).await?),
-            None => None,
-        };
-        let certificate = tls::Certificate::load(&config.server.tls_cert, &config.server.tls_key)?;
-        let https = match certificate.zip(config.server.https) {
-            Some((certificate, address)) => Some((accept::bind(address).await?, certificate)),
-            None => None,
-        };
+    /// Settles what earlier processes left, and reads what the store has.
+    pub async fn start(config: Config, store: Store, master: MasterKey, doors: Doors) -> Result<Server, StartError> {
         let journals = config.data_dir.join("journal");
         let ledger =
             Ledger::start(store.clone(), &journals, config.ledger.journal_bytes_max, config.ledger.on_low_balance);
@@ -109,24 +140,15 @@ impl Server {
             bodies: body::Bodies::of_machine(),
             request_ids: RequestIds::new(random()),
             draining: AtomicBool::new(false),
+            stop: Arc::new(Notify::new()),
             snapshot: ArcSwap::from_pointee(Snapshot { config, catalog }),
         });
-        Ok(Server { gateway, store, master, http, https, changes })
-    }
-
-    /// Where it listens for plain HTTP.
-    pub fn http_address(&self) -> Option<SocketAddr> {
-        self.http.as_ref().and_then(|listener| listener.local_addr().ok())
-    }
-
-    /// Where it listens for HTTPS.
-    pub fn https_address(&self) -> Option<SocketAddr> {
-        self.https.as_ref().and_then(|(listener, _)| listener.local_addr().ok())
+        Ok(Server { gateway, store, master, doors, changes })
     }
 
     /// Serves until `stop` is ready; then lets calls finish within the configured time, settles, and returns.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        let Server { gateway, store, master, http, https, changes } = self;
+        let Server { gateway, store, master, doors: Doors { http, https }, changes } = self;
         let config = gateway.snapshot.load_full();
         let graceful = Arc::new(GracefulShutdown::new());
         let (abort, aborted) = watch::channel(false);
@@ -150,8 +172,11 @@ impl Server {
         tasks.shutdown().await; // the doors close
         gateway.draining.store(true, Ordering::Release);
         let graceful = Arc::into_inner(graceful).expect("the doors had the other ones");
-        if tokio::time::timeout(patience, graceful.shutdown()).await.is_err() {
+        let mut ending = std::pin::pin!(graceful.shutdown());
+        if tokio::time::timeout(patience, &mut ending).await.is_err() {
             gateway.ledger.cut_off();
+            gateway.stop.notify_waiters(); // an error event for every stream that is open
+            let _ = tokio::time::timeout(FAREWELL_MAX, &mut ending).await;
             abort.send_replace(true);
         }
         let stopped = gateway.ledger.stop(SETTLE_MAX).await;
@@ -180,8 +205,11 @@ async fn warm(catalog: &Catalog) {
 async fn watch_changes(gateway: Arc<Gateway>, store: Store, master: MasterKey, mut sequence: i64) {
     let mut ticks = tokio::time::interval(CHANGES_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
+    for tick in 1u64.. {
         ticks.tick().await;
+        if tick.is_multiple_of(SWEEP_TICKS) {
+            gateway.upstream.sweep();
+        }
         match apply_changes(&gateway, &store, &master, sequence).await {
             Ok(newest) => sequence = newest,
             Err(error) => tracing::error!(%error, "changes could not be read; they are tried again"),

@@ -5,12 +5,15 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame as BodyFrame};
 use serde_json::json;
+use tokio::sync::Notify;
+use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 
 use super::body::Weight;
@@ -19,10 +22,13 @@ use crate::error::Error;
 use crate::ledger::{Ended, OpenLine, SLICE_TOKENS};
 use crate::store::EndReason;
 use crate::upstream::openai::{DONE, chunk_event};
-use crate::upstream::{Answer, Broken, Frame, Frames, Place};
+use crate::upstream::{Answer, Frame, Frames, Place};
 
 /// Goes out between two events of a silent stream. One line feed: a blank line behind a comment breaks a few old SDKs.
 const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n");
+const BROKEN_OFF: Error = Error::UpstreamFailed { reason: "its stream broke off" };
+const SILENT: Error = Error::UpstreamTimeout { reason: "it fell silent" };
+const TOO_LONG: Error = Error::UpstreamTimeout { reason: "its answer took too long" };
 /// From this close to the end of what is held the exact count is kept, so that a cut is charged to the token.
 const NEAR_TOKENS: u64 = SLICE_TOKENS / 2;
 
@@ -47,6 +53,12 @@ pub struct Terms {
     pub keep_alive: Duration,
     pub silence_max: Duration,
     pub total_max: Duration,
+    /// When the call began.
+    pub begun: Instant,
+    /// Errors break the connection: HTTP/1.1.
+    pub breaks: bool,
+    /// Notified when the node's patience with open streams is over.
+    pub stop: Arc<Notify>,
     /// Counts the request's body as in flight for as long as the relay lives.
     pub _weight: Weight,
 }
@@ -67,6 +79,8 @@ pub struct Relay {
     output: u64,
     begun: Instant,
     last_chunk: Instant,
+    last_comment: Instant,
+    stop: Pin<Box<OwnedNotified>>,
     quiet: Pin<Box<Sleep>>,
 }
 
@@ -108,8 +122,10 @@ impl Relay {
             span: None,
             content: false,
             output: 0,
-            begun: now,
+            begun: terms.begun,
             last_chunk: now,
+            last_comment: now,
+            stop: Box::pin(terms.stop.clone().notified_owned()),
             quiet: Box::pin(tokio::time::sleep(terms.keep_alive)),
             terms,
         }
@@ -142,9 +158,13 @@ impl Relay {
                         match polled {
                             Poll::Ready(Some(Ok(()))) => {
                                 self.last_chunk = Instant::now();
-                                self.phase = Phase::Streaming(frames, line);
+                                if self.last_chunk - self.begun < self.terms.total_max {
+                                    self.phase = Phase::Streaming(frames, line);
+                                } else {
+                                    self.broken(frames, line, &TOO_LONG);
+                                }
                             }
-                            Poll::Ready(Some(Err(broken))) => self.broken(frames, line, broken),
+                            Poll::Ready(Some(Err(_))) => self.broken(frames, line, &BROKEN_OFF),
                             Poll::Ready(None) => self.upstream_ended(frames, line),
                             Poll::Pending => {
                                 self.phase = Phase::Streaming(frames, line);
@@ -216,7 +236,8 @@ impl Relay {
 
     fn release(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
         if frame.failed {
-            return self.broken(frames, line, Broken::Cut);
+            let error = frames.take_failure().unwrap_or(BROKEN_OFF);
+            return self.broken(frames, line, &error);
         }
         let first = frame.content && !self.content;
         if first || frame.finish || !line.covers(frames.output_at_most() + NEAR_TOKENS) {
@@ -262,7 +283,7 @@ impl Relay {
     fn upstream_ended(&mut self, mut frames: Box<Frames>, line: OpenLine) {
         let tail = frames.tail();
         if !frames.is_complete() {
-            return self.broken(frames, line, Broken::Cut);
+            return self.broken(frames, line, &BROKEN_OFF);
         }
         if let Some(Frame { place: Place::Pieces(pieces), .. }) = tail {
             self.out.extend(pieces);
@@ -288,24 +309,30 @@ impl Relay {
     }
 
     /// The upstream failed after the head went out: one error event, then the connection breaks.
-    fn broken(&mut self, mut frames: Box<Frames>, line: OpenLine, broken: Broken) {
+    fn broken(&mut self, frames: Box<Frames>, line: OpenLine, error: &Error) {
+        self.break_off(frames, line, EndReason::UpstreamError, error);
+    }
+
+    fn break_off(&mut self, mut frames: Box<Frames>, line: OpenLine, reason: EndReason, error: &Error) {
         self.flush_span(&frames);
         self.output = frames.output();
-        let reason = match broken {
-            Broken::FirstByte => "it fell silent",
-            _ => "its stream broke off",
-        };
-        let ended = self.ended(&frames, EndReason::UpstreamError);
+        let ended = self.ended(&frames, reason);
         line.end(ended);
-        self.error_event(&Error::UpstreamFailed { reason });
-        self.phase = Phase::Breaking { flushed: false };
+        self.error_event(error);
+        self.phase = self.after_error();
+    }
+
+    /// Over HTTP/1.1 the connection breaks, so that nobody takes the stream for whole. Over HTTP/2 a reset may overtake
+    /// the error event itself; the event then has to do, with no terminator behind it.
+    fn after_error(&self) -> Phase {
+        if self.terms.breaks { Phase::Breaking { flushed: false } } else { Phase::Ending }
     }
 
     /// No answer at all, after the head went out.
     fn fail(&mut self, line: OpenLine, error: &Error) {
-        line.end(Ended::failed(200));
+        line.end(Ended::failed(200, matches!(error, Error::UpstreamTimeout { .. })));
         self.error_event(error);
-        self.phase = Phase::Breaking { flushed: false };
+        self.phase = self.after_error();
     }
 
     fn error_event(&mut self, error: &Error) {
@@ -345,34 +372,52 @@ impl Relay {
             output: self.output,
             estimated: frames.is_estimated(),
             content: self.content,
+            may_be_billed: true,
         }
     }
 
-    /// Nothing came: a comment when that has lasted, an end when it has lasted too long.
+    /// Nothing came: a comment when that has lasted, an end when it has lasted too long or the node stops.
     fn keep_alive(&mut self, cx: &mut Context<'_>, at_boundary: bool) -> Poll<()> {
-        ready!(self.quiet.as_mut().poll(cx));
-        let now = Instant::now();
-        let since = self.last_chunk + self.terms.keep_alive;
-        if now < since {
-            // Chunks have come since it was set: setting it again for each of them would cost more than this.
-            self.quiet.as_mut().reset(since);
-            return self.quiet.as_mut().poll(cx);
-        }
-        let silent = now - self.last_chunk >= self.terms.silence_max;
-        let overlong = now - self.begun >= self.terms.total_max;
-        if (silent || overlong)
-            && let Phase::Streaming(..) = &self.phase
-            && let Phase::Streaming(frames, line) = std::mem::replace(&mut self.phase, Phase::Over)
-        {
-            self.broken(frames, line, Broken::FirstByte);
+        if self.stop.as_mut().poll(cx).is_ready() {
+            self.give_up(EndReason::Drained, &Error::Draining);
             return Poll::Ready(());
         }
+        ready!(self.quiet.as_mut().poll(cx));
+        let now = Instant::now();
+        if now - self.begun >= self.terms.total_max {
+            self.give_up(EndReason::UpstreamError, &TOO_LONG);
+            return Poll::Ready(());
+        }
+        if now - self.last_chunk >= self.terms.silence_max && matches!(self.phase, Phase::Streaming(..)) {
+            self.give_up(EndReason::UpstreamError, &SILENT);
+            return Poll::Ready(());
+        }
+        // Chunks may have come since it was set: setting it again for each of them would cost more than this.
+        let due = (self.last_chunk + self.terms.keep_alive).max(self.last_comment + self.terms.keep_alive);
+        if now < due {
+            self.quiet.as_mut().reset(due);
+            return self.quiet.as_mut().poll(cx);
+        }
+        self.last_comment = now;
         self.quiet.as_mut().reset(now + self.terms.keep_alive);
         if at_boundary {
             self.out.push_back(KEEP_ALIVE);
             return Poll::Ready(());
         }
         self.quiet.as_mut().poll(cx)
+    }
+
+    /// Ends whatever is going on with an error.
+    fn give_up(&mut self, reason: EndReason, error: &Error) {
+        match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Streaming(frames, line) => self.break_off(frames, line, reason, error),
+            // Its line ends with the drop of the opening.
+            Phase::Opening(_) => {
+                self.error_event(error);
+                self.phase = self.after_error();
+            }
+            other => self.phase = other,
+        }
     }
 }
 

@@ -24,6 +24,9 @@ pub fn of(method: &Method, path: &str) -> Result<Route, Error> {
     if method == Method::OPTIONS {
         return Ok(Route::Preflight);
     }
+    // A base URL that ends in a slash is the commonest mistake in a front end's settings.
+    let path = path.strip_suffix('/').unwrap_or(path);
+    let path = path.strip_prefix('/').map_or(path, |rest| if rest.starts_with('/') { rest } else { path });
     let within = path.strip_prefix("/v1").filter(|rest| rest.starts_with('/')).unwrap_or(path);
     let (route, allowed) = match within {
         "/chat/completions" => (Route::Chat, "POST"),
@@ -78,11 +81,17 @@ mod tests {
 
     #[test]
     fn another_path_is_unknown_and_another_method_is_told_the_right_one() {
-        for path in ["/", "/v1", "/v1/", "/v2/models", "/v1models", "/v1/models/", "/v1/healthz/x"] {
+        for path in ["/", "/v1", "/v1/", "/v2/models", "/v1models", "/v1/healthz/x", ""] {
             assert!(matches!(of(&Method::GET, path), Err(Error::PathUnknown { .. })), "{path}");
         }
         let wrong = of(&Method::GET, "/v1/chat/completions");
         assert_eq!(wrong, Err(Error::MethodNotAllowed { allowed: "POST" }));
+    }
+
+    #[test]
+    fn a_slash_too_many_at_either_end_is_forgiven() {
+        assert_eq!(of(&Method::POST, "//v1/chat/completions"), Ok(Route::Chat));
+        assert_eq!(of(&Method::GET, "/v1/models/"), Ok(Route::Models));
     }
 
     #[test]

@@ -7,7 +7,9 @@
 
 use std::collections::HashMap;
 use std::future::poll_fn;
+use std::io;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -18,9 +20,10 @@ use hyper::client::conn::{http1, http2};
 use hyper::{Request, Response, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connection as _, HttpConnector};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use smallvec::SmallVec;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 /// Idle connections kept to one origin; more than a node's usual concurrency there is waste.
@@ -31,7 +34,22 @@ const IDLE_MAX: Duration = Duration::from_secs(50);
 const HEAD_BYTES_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 100;
 
-type Io = MaybeHttpsStream<TokioIo<TcpStream>>;
+/// Streams that share one HTTP/2 connection; below the 100 that most servers allow, so that none waits unseen.
+const STREAMS_MAX: usize = 64;
+/// What one stream may have on its way unread: a slow reader must not take the window of the others.
+const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+/// An HTTP/2 connection that answers no ping is dead.
+const PING_EVERY: Duration = Duration::from_secs(20);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+type Socket = TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>;
+type Io = TokioIo<Watched>;
+
+/// A socket that tells whether a byte has come from it since it was last asked.
+struct Watched {
+    socket: Socket,
+    read: Arc<AtomicBool>,
+}
 
 /// A request body in pieces, written without joining them.
 #[derive(Clone, Debug, Default)]
@@ -98,7 +116,7 @@ pub struct Client {
     connector: HttpsConnector<HttpConnector>,
     connect_timeout: Duration,
     idle: Mutex<HashMap<Origin, Vec<Idle>>>,
-    shared: Mutex<HashMap<Origin, http2::SendRequest<Pieces>>>,
+    shared: Mutex<HashMap<Origin, Vec<Shared>>>,
 }
 
 /// Scheme, host and port: what a connection can be reused for.
@@ -118,12 +136,20 @@ impl std::fmt::Debug for Idle {
 struct Http1 {
     connection: http1::Connection<Io, Pieces>,
     sender: http1::SendRequest<Pieces>,
+    read: Arc<AtomicBool>,
+}
+
+/// An HTTP/2 connection, and one count for each of its streams.
+#[derive(Clone, Debug)]
+struct Shared {
+    sender: http2::SendRequest<Pieces>,
+    streams: Arc<()>,
 }
 
 /// An answer's body, and the connection that it comes over.
 pub enum Source {
     Http1(Box<Http1Body>),
-    Http2(Incoming),
+    Http2(Box<Http2Body>),
     /// Made in this process.
     Local(super::demo::Local),
 }
@@ -134,6 +160,12 @@ pub struct Http1Body {
     body: Incoming,
     origin: Origin,
     client: Arc<Client>,
+}
+
+/// Reads a body off a connection that others share.
+pub struct Http2Body {
+    body: Incoming,
+    _stream: Arc<()>,
 }
 
 impl std::fmt::Debug for Source {
@@ -170,19 +202,20 @@ impl Client {
         let origin = origin(request.uri());
         let deadline = tokio::time::Instant::now() + first_byte;
         let within = async {
-            if let Some(shared) = self.shared(&origin) {
-                return send_http2(shared, request).await;
-            }
             // Once on a pooled connection; when it closed without a byte of answer, once on a fresh one.
-            while let Some(line) = self.take_idle(&origin) {
-                match self.send_http1(line, copy(&request), &origin).await {
-                    Err(Broken::NoAnswer) => continue,
-                    answer => return answer,
-                }
+            let pooled = match self.take_idle(&origin) {
+                Some(line) => self.send_http1(line, copy(&request), &origin).await,
+                None => match self.take_shared(&origin) {
+                    Some(shared) => self.send_http2(shared, copy(&request), &origin, deadline).await,
+                    None => Err(Broken::NoAnswer),
+                },
+            };
+            if !matches!(pooled, Err(Broken::NoAnswer)) {
+                return pooled;
             }
             match self.connect(request.uri().clone(), &origin).await? {
                 Connected::Http1(line) => self.send_http1(line, request, &origin).await,
-                Connected::Http2(shared) => send_http2(shared, request).await,
+                Connected::Http2(shared) => self.send_http2(shared, request, &origin, deadline).await,
             }
         };
         tokio::time::timeout_at(deadline, within).await.unwrap_or(Err(Broken::FirstByte))
@@ -195,11 +228,23 @@ impl Client {
             .await
             .map_err(|_| Broken::Connect)?
             .map_err(|_| Broken::Connect)?;
-        if io.connected().is_negotiated_h2() {
-            let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.map_err(|_| Broken::Connect)?;
+        let read = Arc::new(AtomicBool::new(false));
+        let http2 = io.connected().is_negotiated_h2();
+        let io = TokioIo::new(Watched { socket: TokioIo::new(io), read: read.clone() });
+        if http2 {
+            let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .keep_alive_interval(PING_EVERY)
+                .keep_alive_timeout(PING_TIMEOUT)
+                .initial_stream_window_size(STREAM_WINDOW_BYTES)
+                .initial_connection_window_size(STREAM_WINDOW_BYTES * STREAMS_MAX as u32)
+                .handshake(io)
+                .await
+                .map_err(|_| Broken::Connect)?;
             tokio::spawn(connection);
-            lock(&self.shared).insert(origin.clone(), sender.clone());
-            return Ok(Connected::Http2(sender));
+            let shared = Shared { sender, streams: Arc::new(()) };
+            lock(&self.shared).entry(origin.clone()).or_default().push(shared.clone());
+            return Ok(Connected::Http2(shared));
         }
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(HEAD_BYTES_MAX)
@@ -207,7 +252,7 @@ impl Client {
             .handshake(io)
             .await
             .map_err(|_| Broken::Connect)?;
-        Ok(Connected::Http1(Box::new(Http1 { connection, sender })))
+        Ok(Connected::Http1(Box::new(Http1 { connection, sender, read })))
     }
 
     async fn send_http1(
@@ -219,6 +264,7 @@ impl Client {
         // HTTP/1.1 wants the path alone.
         let path = request.uri().path_and_query().cloned();
         *request.uri_mut() = path.map_or_else(Uri::default, Uri::from);
+        line.read.store(false, Ordering::Relaxed);
         let mut answer = pin!(line.sender.send_request(request));
         let mut ended = false;
         let head = poll_fn(|cx| {
@@ -232,22 +278,58 @@ impl Client {
                 Poll::Ready(head) => Poll::Ready(Some(head)),
             }
         });
-        let head = head.await.ok_or(Broken::NoAnswer)?.map_err(|error| match error.is_parse() {
-            true => Broken::Cut,
-            false => Broken::NoAnswer,
-        })?;
+        // With a byte of answer the request may have been served: it is not to be repeated here.
+        let head = head.await.and_then(Result::ok);
+        let answered = || if line.read.load(Ordering::Relaxed) { Broken::Cut } else { Broken::NoAnswer };
+        let head = head.ok_or_else(answered)?;
         let line = (!ended).then_some(line);
         Ok(head.map(|body| {
             Source::Http1(Box::new(Http1Body { line, body, origin: origin.clone(), client: self.clone() }))
         }))
     }
 
-    fn shared(&self, origin: &Origin) -> Option<http2::SendRequest<Pieces>> {
+    async fn send_http2(
+        &self,
+        mut shared: Shared,
+        request: Request<Pieces>,
+        origin: &Origin,
+        deadline: tokio::time::Instant,
+    ) -> Result<Response<Source>, Broken> {
+        let sent = async {
+            shared.sender.ready().await.map_err(|_| Broken::NoAnswer)?;
+            shared.sender.send_request(request).await.map_err(|_| Broken::NoAnswer)
+        };
+        let head = match tokio::time::timeout_at(deadline, sent).await {
+            Ok(head) => head?,
+            Err(_) => {
+                // Whatever is wrong with the connection, nobody else is to wait on it.
+                if let Some(others) = lock(&self.shared).get_mut(origin) {
+                    others.retain(|other| !Arc::ptr_eq(&other.streams, &shared.streams));
+                }
+                return Err(Broken::FirstByte);
+            }
+        };
+        Ok(head.map(|body| Source::Http2(Box::new(Http2Body { body, _stream: shared.streams }))))
+    }
+
+    /// A connection with a free stream. One count is the list's own.
+    fn take_shared(&self, origin: &Origin) -> Option<Shared> {
         let mut shared = lock(&self.shared);
-        if shared.get(origin).is_some_and(|sender| sender.is_closed()) {
-            shared.remove(origin);
-        }
-        shared.get(origin).cloned()
+        let connections = shared.get_mut(origin)?;
+        connections.retain(|connection| !connection.sender.is_closed());
+        connections.iter().find(|connection| Arc::strong_count(&connection.streams) <= STREAMS_MAX).cloned()
+    }
+
+    /// Closes connections that have been idle for too long, to whatever origin.
+    pub fn sweep(&self) {
+        lock(&self.idle).retain(|_, lines| {
+            lines.retain(|idle| idle.since.elapsed() <= IDLE_MAX);
+            !lines.is_empty()
+        });
+        lock(&self.shared).retain(|_, connections| {
+            connections.retain(|connection| !connection.sender.is_closed());
+            !connections.is_empty()
+        });
     }
 
     fn take_idle(&self, origin: &Origin) -> Option<Box<Http1>> {
@@ -278,16 +360,7 @@ impl Client {
 
 enum Connected {
     Http1(Box<Http1>),
-    Http2(http2::SendRequest<Pieces>),
-}
-
-async fn send_http2(
-    mut shared: http2::SendRequest<Pieces>,
-    request: Request<Pieces>,
-) -> Result<Response<Source>, Broken> {
-    shared.ready().await.map_err(|_| Broken::NoAnswer)?;
-    let head = shared.send_request(request).await.map_err(|_| Broken::NoAnswer)?;
-    Ok(head.map(Source::Http2))
+    Http2(Shared),
 }
 
 fn copy(request: &Request<Pieces>) -> Request<Pieces> {
@@ -311,7 +384,7 @@ impl Source {
     pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
         match self {
             Source::Http1(body) => body.poll_chunk(cx),
-            Source::Http2(body) => poll_data(body, cx),
+            Source::Http2(shared) => poll_data(&mut shared.body, cx),
             Source::Local(local) => local.poll_chunk(cx).map(|chunk| chunk.map(Ok)),
         }
     }
@@ -355,6 +428,43 @@ impl Http1Body {
         if Pin::new(&mut line.connection).poll(&mut cx).is_pending() && line.sender.is_ready() {
             self.client.put_idle(std::mem::take(&mut self.origin), line);
         }
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.socket).poll_read(cx, buffer);
+        if buffer.filled().len() > before {
+            self.read.store(true, Ordering::Relaxed);
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
     }
 }
 

@@ -13,8 +13,10 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::client::{Broken, Source};
+use super::error_in_stream;
 use super::openai::DONE;
 use crate::config::OnDisconnect;
+use crate::error::Error;
 use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary};
 use crate::pool::Permit;
 use crate::sse::Parser;
@@ -62,8 +64,10 @@ pub struct Frame {
 /// How a streamed answer is to be edited.
 #[derive(Clone, Debug)]
 pub struct Editing {
-    /// The name that the client knows the model by, where the upstream knows it by another.
-    pub model: Option<String>,
+    /// The name that the client knows the model by.
+    pub model: String,
+    /// The upstream knows it by another, which is put back.
+    pub mapped: bool,
     /// The client asked for the usage chunk.
     pub keep_usage: bool,
 }
@@ -77,6 +81,10 @@ pub struct Frames {
     meter: Meter,
     /// The model's name as a JSON string, where it has to be put back.
     model: Option<Bytes>,
+    /// The same as the client knows it.
+    name: String,
+    /// What the upstream said when it failed within its stream.
+    failure: Option<Error>,
     keep_usage: bool,
     chunk: Bytes,
     /// How far the chunk has been read, and how far its bytes have been given out.
@@ -107,12 +115,14 @@ impl Frames {
         choices: u32,
         editing: Editing,
     ) -> Frames {
-        let model = editing.model.map(|name| serde_json::Value::from(name).to_string().into());
+        let name = serde_json::Value::from(editing.model.as_str()).to_string();
         Frames {
             source: Some(source),
             parser: Parser::new(),
             meter: Meter::new(vocabulary),
-            model,
+            model: editing.mapped.then(|| name.into()),
+            name: editing.model,
+            failure: None,
             keep_usage: editing.keep_usage,
             chunk: Bytes::new(),
             read: 0,
@@ -171,7 +181,7 @@ impl Frames {
         loop {
             while let Some(mut frame) = self.next_read() {
                 if frame.failed {
-                    return Err(Refusal::Error);
+                    return Err(self.failure.take().map_or(Refusal::Broken, Refusal::Error));
                 }
                 let (content, done) = (frame.content, frame.done);
                 frame.place = match frame.place {
@@ -256,6 +266,11 @@ impl Frames {
         self.lost || self.meter.is_estimated() || self.parser.overflowed()
     }
 
+    /// What the client is told of a failure within the stream.
+    pub fn take_failure(&mut self) -> Option<Error> {
+        self.failure.take()
+    }
+
     /// Whether the endpoint wants its answers read to the end when the client has left.
     pub fn is_drained(&self) -> bool {
         self.permit.as_ref().is_some_and(|permit| permit.offer.endpoint.on_disconnect == OnDisconnect::Drain)
@@ -324,6 +339,10 @@ impl Frames {
         } else if event.dispatched {
             read = READER.with_borrow_mut(|reader| reader.read(event.data, &mut self.meter));
             frame.failed = named_error;
+        }
+        let failed = frame.failed || read.as_ref().is_some_and(|chunk| chunk.error);
+        if failed && let Some(permit) = &self.permit {
+            self.failure = Some(error_in_stream(event.data, &self.name, permit));
         }
         self.read = at;
         let (mut remove, mut model) = (false, None);
@@ -408,10 +427,10 @@ impl Frames {
 }
 
 /// Why a stream that answered 200 is no answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     /// It carried an error before anything else.
-    Error,
+    Error(Error),
     /// It ended without an answer.
     Empty,
     /// It broke off.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
+use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use hyper::{Request, Response};
 
 pub use client::{Broken, Client, Pieces, Source};
@@ -86,7 +86,8 @@ pub struct Upstream {
 
 /// A pause for an account whose provider said "too many" without saying for how long.
 const REST_DEFAULT: Duration = Duration::from_secs(2);
-/// What is read of a refusal's body.
+/// How long a refusal's body is waited for, and what is read of it.
+const REFUSAL_MAX: Duration = Duration::from_secs(2);
 const REFUSAL_BYTES_MAX: usize = 64 << 10;
 
 /// A try that failed: what the client is told if it was the last, and whether another account may do better.
@@ -100,6 +101,11 @@ struct Failure {
 impl Upstream {
     pub fn new(client: Arc<Client>, pool: Arc<Pool>, bounds: UpstreamBounds, retry: Retry) -> Upstream {
         Upstream { client, pool, bounds, retry }
+    }
+
+    /// Closes idle connections that are too old to be used again.
+    pub fn sweep(&self) {
+        self.client.sweep();
     }
 
     /// Silence after which a stream counts as dead.
@@ -117,17 +123,18 @@ impl Upstream {
     /// `called` is told of every try before it is made.
     pub async fn open(&self, ask: &Ask, mut called: impl FnMut(&Permit)) -> Result<Answer, Error> {
         let deadline = Instant::now() + Duration::from_secs(self.retry.budget_s);
+        let waiting = self.pool.deadline(); // one for all tries: a client's own patience does not grow with them
         let mut tried = Vec::new();
         let mut last: Option<Error> = None;
         for _ in 0..self.retry.tries {
-            let permit = match self.pool.permit(&ask.model, ask.user_id, &tried).await {
+            let permit = match self.pool.permit(&ask.model, ask.user_id, &tried, waiting).await {
                 Ok(permit) => permit,
                 // No further account: what the last one said is the better answer.
                 Err(error) => return Err(last.unwrap_or(error)),
             };
-            tried.push(permit.account.id);
             called(&permit);
             let account = permit.account.clone();
+            tried.push(account.clone());
             let failure = match self.try_once(ask, permit).await {
                 Ok(answer) => return Ok(answer),
                 Err(failure) => failure,
@@ -156,6 +163,10 @@ impl Upstream {
         if response.status() != 200 {
             return Err(self.refused(ask, &permit, response).await);
         }
+        let encoding = response.headers().get(CONTENT_ENCODING).map(|encoding| encoding.as_bytes());
+        if encoding.is_some_and(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
+            return Err(Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is compressed" }));
+        }
         if ask.head.stream { self.stream(ask, permit, response).await } else { self.whole(ask, permit, response).await }
     }
 
@@ -183,14 +194,15 @@ impl Upstream {
             return Err(Failure::elsewhere(Error::UpstreamFailed { reason: "it answered without a stream" }));
         }
         let mapped = permit.offer.upstream_model != ask.model.name;
-        let editing = Editing { model: mapped.then(|| ask.model.name.clone()), keep_usage: ask.head.include_usage };
+        let editing = Editing { model: ask.model.name.clone(), mapped, keep_usage: ask.head.include_usage };
         let mut frames = Box::new(Frames::new(response.into_body(), permit, ask.model.vocabulary, ask.head.n, editing));
         let begun = tokio::time::timeout(self.silence_max(), frames.until_content()).await;
         match begun {
             Ok(Ok(())) => Ok(Answer::Stream(frames)),
             Ok(Err(refusal)) => {
                 let reason = match refusal {
-                    frames::Refusal::Error => "its stream began with an error",
+                    frames::Refusal::Error(error @ Error::UpstreamRefused { .. }) => return Err(Failure::last(error)),
+                    frames::Refusal::Error(error) => return Err(Failure::elsewhere(error)),
                     frames::Refusal::Empty => "its stream ended without an answer",
                     frames::Refusal::Broken => "its stream broke off before an answer",
                 };
@@ -237,11 +249,11 @@ impl Upstream {
     async fn refused(&self, ask: &Ask, permit: &Permit, response: Response<Source>) -> Failure {
         let status = response.status().as_u16();
         let retry_after = retry_after(response.headers());
+        // Read to its end, so that the connection can be used again; what does not come soon is not worth the wait.
+        let reading = tokio::time::timeout(REFUSAL_MAX, self.read(response.into_body(), REFUSAL_BYTES_MAX)).await;
+        let body = reading.ok().and_then(Result::ok).unwrap_or_default();
         match status {
-            400 | 404 | 413 | 422 => {
-                let body = self.read(response.into_body(), REFUSAL_BYTES_MAX).await.unwrap_or_default();
-                Failure::last(cleaned(status, &body, ask, permit))
-            }
+            400 | 404 | 413 | 422 => Failure::last(cleaned(status, &body, &ask.model.name, permit)),
             401..=403 => Failure {
                 error: Error::UpstreamFailed { reason: "it refused our account" },
                 again: true,
@@ -255,9 +267,11 @@ impl Upstream {
                     rest: Some(rest),
                 }
             }
-            408 | 409 | 500.. => {
-                Failure::elsewhere(Error::UpstreamFailed { reason: "it answered with a server error" })
-            }
+            408 | 409 | 500.. => Failure {
+                error: Error::UpstreamFailed { reason: "it answered with a server error" },
+                again: true,
+                rest: retry_after,
+            },
             _ => Failure::last(Error::UpstreamFailed { reason: "it answered with an unexpected status" }),
         }
     }
@@ -285,21 +299,48 @@ const MESSAGE_BYTES_MAX: usize = 2048;
 
 /// A provider's refusal of the request itself, without our account's key and organisation, and with the client's name for
 /// the model.
-fn cleaned(status: u16, body: &[u8], ask: &Ask, permit: &Permit) -> Error {
+fn cleaned(status: u16, body: &[u8], model: &str, permit: &Permit) -> Error {
     let parsed: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
     let error = parsed.get("error").unwrap_or(&parsed);
-    let text = |name: &str| error.get(name).and_then(|value| value.as_str()).map(|text| clean(text, ask, permit));
-    let message = text("message").or_else(|| error.as_str().map(|text| clean(text, ask, permit)));
+    let text = |name: &str| match error.get(name) {
+        Some(serde_json::Value::String(text)) => Some(clean(text, model, permit)),
+        Some(serde_json::Value::Number(number)) => Some(number.to_string()),
+        _ => None,
+    };
+    // Not everybody has OpenAI's shape: then what there is says more than we could.
+    let as_it_is = || match error.as_str() {
+        Some(text) => clean(text, model, permit),
+        None => clean(String::from_utf8_lossy(body).trim(), model, permit),
+    };
+    let message = text("message").unwrap_or_else(as_it_is);
     Error::UpstreamRefused {
         status,
         kind: text("type").unwrap_or_else(|| "invalid_request_error".into()),
         code: text("code"),
         param: text("param"),
-        message: message.unwrap_or_else(|| format!("The provider refused the request with status {status}.")),
+        message: if message.is_empty() {
+            format!("The provider refused the request with status {status}.")
+        } else {
+            message
+        },
     }
 }
 
-fn clean(text: &str, ask: &Ask, permit: &Permit) -> String {
+/// An error that a provider sent within a stream, after a status of 200: the request's own fault where it says so.
+fn error_in_stream(data: &[u8], model: &str, permit: &Permit) -> Error {
+    let refused = cleaned(400, data, model, permit);
+    let Error::UpstreamRefused { kind, code, .. } = &refused else { return refused };
+    let codes: [&str; 5] = ["400", "404", "413", "422", "context_length_exceeded"];
+    let is_request = kind == "invalid_request_error"
+        && serde_json::from_slice::<serde_json::Value>(data)
+            .is_ok_and(|parsed| parsed["error"]["type"] == "invalid_request_error");
+    if is_request || code.as_deref().is_some_and(|code| codes.contains(&code)) {
+        return refused;
+    }
+    Error::UpstreamFailed { reason: "its stream carried an error" }
+}
+
+fn clean(text: &str, model: &str, permit: &Permit) -> String {
     let end = text.floor_char_boundary(MESSAGE_BYTES_MAX);
     let mut text = text[..end].to_owned();
     let key = permit.account.key.expose();
@@ -307,8 +348,8 @@ fn clean(text: &str, ask: &Ask, permit: &Permit) -> String {
         text = text.replace(key, "***");
     }
     let mapped = &permit.offer.upstream_model;
-    if *mapped != ask.model.name {
-        text = text.replace(mapped.as_str(), &ask.model.name);
+    if mapped != model {
+        text = text.replace(mapped.as_str(), model);
     }
     without_words(&text, &["org-", "proj_", "sk-"])
 }

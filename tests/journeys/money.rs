@@ -244,7 +244,8 @@ async fn a_stream_that_outlasts_the_drain_is_cut_off_and_settled() {
     connection.read_until("Hello").await;
     let (store, running, _folder) = node.ask_to_stop().await;
     running.await.unwrap();
-    assert!(!connection.read().await.whole);
+    let reply = connection.read().await;
+    assert!(!reply.whole && reply.text().contains("shutting down"), "{}", reply.text());
     let lines = store.lines(gpt_cat::store::LineFilter { limit: 9, ..Default::default() }).await.unwrap();
     assert_eq!((lines[0].1.end_reason.name(), lines[0].1.output), ("drained", 1));
     crate::node::assert_books(&store).await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use gpt_cat::config::{Config, DatabaseUrl};
 use gpt_cat::ledger::CHECK_LINE;
-use gpt_cat::server::Server;
+use gpt_cat::server::{Doors, Server};
 use gpt_cat::store::{Line, LineFilter, MasterKey, NewAccount, Store};
 use gpt_cat::upstream::dialects;
 use gpt_cat::users::hash_key;
@@ -117,8 +117,9 @@ impl Setup {
             };
             store.add_account(account).await.unwrap();
         }
-        let server = Server::start(config, store.clone(), master).await.unwrap();
-        let address = server.http_address().unwrap();
+        let doors = Doors::open(&config.server).await.unwrap();
+        let address = doors.http_address().unwrap();
+        let server = Server::start(config, store.clone(), master, doors).await.unwrap();
         let (stop, stopped) = oneshot::channel();
         let running = tokio::spawn(async move {
             let stopped = async {

@@ -422,3 +422,104 @@ async fn a_connection_whose_end_comes_behind_done_is_used_again() {
     assert_eq!(upstream.connections(), 1);
     node.finish().await;
 }
+
+#[tokio::test]
+async fn a_steady_stream_ends_when_it_has_taken_too_long() {
+    let upstream = Upstream::start(|_, _| {
+        let steps = (0..100).flat_map(|_| [chunk(text("word ")), Act::Pause(Duration::from_millis(100))]);
+        [stream_head()].into_iter().chain(steps).collect()
+    })
+    .await;
+    let node = Setup::at(&upstream).with("[upstream]\ntotal_timeout_s = 1\n").start().await;
+    let reply = node.chat(&streaming("")).await;
+    assert!(!reply.whole && reply.text().contains("took too long"), "{}", reply.text());
+    assert_eq!(node.lines(1).await[0].end_reason.name(), "upstream_error");
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_silent_stream_is_no_idle_connection_and_ends_when_the_silence_is_too_long() {
+    let upstream = Upstream::start(|_, _| vec![stream_head(), chunk(text("Hello")), Act::AwaitClose]).await;
+    let setup = Setup::at(&upstream).replacing("drain_s = 3", "drain_s = 3\nidle_timeout_s = 1\nkeep_alive_s = 1");
+    let node = setup.with("[upstream]\nsilence_timeout_s = 3\n").start().await;
+    let begun = std::time::Instant::now();
+    let reply = node.chat(&streaming("")).await;
+    assert!(begun.elapsed() >= Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(!reply.whole && reply.text().contains("fell silent") && reply.text().contains(": keep-alive\n"));
+    upstream.saw_close().await;
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_compressed_answer_is_no_answer() {
+    let upstream = Upstream::start(|_, seen| match seen.head.contains("sk-upstream-first") {
+        true => whole_with(200, "content-encoding: gzip\r\n", "\u{1f}\u{8b}"),
+        false => whole(200, &completion("hi", 1, 1)),
+    })
+    .await;
+    let node = Setup::at(&upstream).accounts(&[("first", 9), ("second", 9)]).start().await;
+    assert_eq!(node.chat(&asking("")).await.status, 200);
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_refusal_in_another_shape_keeps_its_reason() {
+    for (body, message) in [
+        (
+            r#"{"detail":[{"loc":["body","n"],"msg":"too large"}]}"#,
+            r#"{"detail":[{"loc":["body","n"],"msg":"too large"}]}"#,
+        ),
+        ("no such tool", "no such tool"),
+        (r#"{"error":{"message":"bad","code":1214}}"#, "bad"),
+    ] {
+        let upstream = Upstream::start(move |_, _| whole(422, body)).await;
+        let node = Setup::at(&upstream).start().await;
+        let reply = node.chat(&asking("")).await;
+        assert_eq!((reply.status, reply.json()["error"]["message"].as_str()), (422, Some(message)));
+        node.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn an_error_that_begins_a_stream_is_the_clients_when_it_says_so() {
+    let refusal = "data: {\"error\":{\"message\":\"too long\",\"type\":\"invalid_request_error\",\"code\":\"context_length_exceeded\"}}\n\n";
+    let upstream = Upstream::start(move |_, _| stream(refusal)).await;
+    let node = Setup::at(&upstream).accounts(&[("first", 9), ("second", 9)]).start().await;
+    let reply = node.chat(&streaming("")).await;
+    assert_eq!((reply.status, reply.header("x-should-retry"), upstream.seen().len()), (400, Some("false"), 1));
+    assert_eq!(reply.json()["error"]["message"], "too long");
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_request_goes_up_once_on_a_pooled_connection_and_once_on_a_fresh_one() {
+    let upstream = Upstream::start(|number, _| match number {
+        0..8 => [vec![Act::Pause(Duration::from_millis(50))], whole(200, &completion("hi", 1, 1))].concat(),
+        _ => vec![Act::Close],
+    })
+    .await;
+    let node = std::sync::Arc::new(Setup::at(&upstream).start().await);
+    let calls: Vec<_> = (0..8)
+        .map(|_| {
+            let node = node.clone();
+            tokio::spawn(async move { node.chat(&asking("")).await.status })
+        })
+        .collect();
+    for call in calls {
+        assert_eq!(call.await.unwrap(), 200);
+    }
+    assert_eq!(node.chat(&asking("")).await.status, 502);
+    assert_eq!(upstream.seen().len(), 8 + 2);
+    std::sync::Arc::into_inner(node).unwrap().finish().await;
+}
+
+#[tokio::test]
+async fn a_body_with_two_lengths_is_refused() {
+    let upstream = Upstream::start(|_, _| vec![]).await;
+    let node = Setup::at(&upstream).start().await;
+    let both = String::from_utf8(post(KEY, &asking("")))
+        .unwrap()
+        .replace("host: gateway", "host: gateway\r\ntransfer-encoding: chunked");
+    assert_eq!(node.send(both.as_bytes()).await.read().await.status, 400);
+    node.finish().await;
+}

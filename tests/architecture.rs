@@ -204,8 +204,8 @@ fn check_list(lib: &str) -> Vec<String> {
         let Some(name) = module_listed(line) else { continue };
         let at = format!("src/lib.rs:{}", index + 1);
         listed.push(name);
-        if index == 0 || !lines[index - 1].starts_with("/// ") {
-            wrong.push(format!("{at}: `{name}` has no doc line: say above it in one sentence what it is for."));
+        if index == 0 || !lines[index - 1].starts_with("// ") {
+            wrong.push(format!("{at}: `{name}` has no line about it: say above it in one sentence what it is for."));
         }
         if !MAP.iter().any(|module| module.name == name) {
             wrong
@@ -646,13 +646,13 @@ fn main_knows_every_module() {
 
 #[test]
 fn a_list_of_modules_that_is_not_the_map_is_found() {
-    let good: String = MAP.iter().map(|module| format!("/// What it does.\npub mod {};\n", module.name)).collect();
+    let good: String = MAP.iter().map(|module| format!("// What it does.\npub mod {};\n", module.name)).collect();
     assert_eq!(check_list(&good), Vec::<String>::new());
     let wrong = |list: &str, parts: &[&str]| {
         let found = check_list(list);
         assert!(found.iter().any(|finding| parts.iter().all(|part| finding.contains(part))), "{parts:?}: {found:#?}");
     };
-    wrong(&good.replacen("/// What it does.\n", "", 1), &["src/lib.rs:1:", "`server` has no doc line"]);
+    wrong(&good.replacen("// What it does.\n", "", 1), &["src/lib.rs:1:", "`server` has no line about it"]);
     wrong(&good.replace("pub mod sse;\n", ""), &["`sse` is on the map, but not here"]);
     wrong(&format!("{good}/// Odds and ends.\npub mod utils;\n"), &["src/lib.rs:32:", "`utils` is not on the map"]);
     wrong(&format!("{good}/// Inline.\nmod helpers {{\n}}\n"), &["`helpers` is not on the map"]);

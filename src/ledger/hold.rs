@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::journal::{Mark, Open, Place};
-use super::lease::{CallCount, Purse};
+use super::lease::{CallCount, Purse, Taken};
 use super::{Ledger, Tokens, cost_nano, output_affordable};
 use crate::catalog::Model;
 use crate::config::LowBalance;
@@ -114,6 +114,13 @@ struct PromptText {
     opaque: bool,
 }
 
+/// Money for further output, on its way to its call; dropped, it goes back.
+#[derive(Debug)]
+pub struct Slices {
+    slices: u64,
+    taken: Taken,
+}
+
 impl Ended {
     /// A call that was answered with an error and nothing else.
     pub fn failed(status: u16, may_be_billed: bool) -> Ended {
@@ -157,30 +164,28 @@ impl Ledger {
         let cost =
             |input, output| cost_nano(&model.price, Tokens { input, cached_input: 0, output }, group.ratio_micro);
         let mut prompt = PromptText::new(&ask, model);
-        let (mut held, mut covered, mut clamp) = (cost(prompt.bound, wanted), wanted, None);
-        if !self.cover(&purse, held).await? {
+        let (mut covered, mut clamp) = (wanted, None);
+        let mut taken = self.cover(&purse, cost(prompt.bound, wanted)).await?;
+        if taken.is_none() {
             // The bound did not fit; the exact count may. Without even the smallest answer's money there is no need to count.
             if purse.room() < cost(1, OUTPUT_CLAMPED_MIN.min(wanted)) {
                 return Err(Error::QuotaExceeded);
             }
             prompt.count().await;
-            let input = prompt.tokens();
-            held = cost(input, wanted);
-            if !self.cover(&purse, held).await? {
-                let money = purse.room();
-                let each = output_affordable(&model.price, input, money, group.ratio_micro) / n;
-                let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen;
-                if !clampable || each < OUTPUT_CLAMPED_MIN.min(wanted / n) {
-                    return Err(Error::QuotaExceeded);
-                }
-                covered = each.saturating_mul(n).min(wanted);
-                held = cost(input, covered);
-                clamp = Some(covered / n);
-                if !purse.take(held) {
-                    return Err(Error::QuotaExceeded);
-                }
-            }
+            taken = self.cover(&purse, cost(prompt.tokens(), wanted)).await?;
         }
+        if taken.is_none() {
+            let input = prompt.tokens();
+            let each = output_affordable(&model.price, input, purse.room(), group.ratio_micro) / n;
+            let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen;
+            if !clampable || each < OUTPUT_CLAMPED_MIN.min(wanted / n) {
+                return Err(Error::QuotaExceeded);
+            }
+            covered = each.saturating_mul(n).min(wanted);
+            clamp = Some(covered / n);
+            taken = Taken::of(&purse, cost(input, covered));
+        }
+        let taken = taken.ok_or(Error::QuotaExceeded)?;
 
         let line = Line {
             sequence: self.sequence.fetch_add(1, Ordering::Relaxed) + 1,
@@ -209,7 +214,7 @@ impl Ledger {
             calibration_micro: super::RATIO_ONE,
             estimated: false,
             flagged: false,
-            hold_nano: held,
+            hold_nano: taken.amount(),
             charged_nano: 0,
             absorbed_nano: 0,
             started_ms: now_ms(),
@@ -220,13 +225,8 @@ impl Ledger {
             tries: 0,
         };
         let open = Open { line, price: model.price };
-        let place = match self.journal.open(&open) {
-            Ok(place) => place,
-            Err(_) => {
-                purse.settle(held, 0);
-                return Err(Error::NodeUnavailable { reason: "its journal is full", retry_after_s: 5 });
-            }
-        };
+        let full = |_| Error::NodeUnavailable { reason: "its journal is full", retry_after_s: 5 };
+        let place = self.journal.open(&open).map_err(full)?;
         self.open.fetch_add(1, Ordering::AcqRel);
         let inner = Inner {
             purse,
@@ -237,7 +237,7 @@ impl Ledger {
             user: user.clone(),
             habit,
             prompt,
-            held,
+            held: taken.keep(),
             covered,
             sliceable: !unseen && clamp.is_none(),
             clamp,
@@ -308,16 +308,25 @@ impl OpenLine {
         self.mark(output)
     }
 
-    /// Asks the store for the money of those slices; [`OpenLine::take_slices`] has to be tried again after it.
-    pub fn slices_from_store(&self, output: u64) -> impl Future<Output = ()> + Send + 'static {
+    /// Asks the store for the money of those slices; `None` when it is not there.
+    pub fn slices_from_store(&self, output: u64) -> impl Future<Output = Option<Slices>> + Send + 'static {
         let (ledger, inner) = (self.ledger.clone(), self.inner());
-        let (purse, amount) = (inner.purse.clone(), inner.slices_nano(inner.slices(output)));
-        let may = inner.may_slice();
+        let (purse, slices, may) = (inner.purse.clone(), inner.slices(output), inner.may_slice());
+        let amount = inner.slices_nano(slices);
         async move {
-            if may && ledger.cover(&purse, amount).await.unwrap_or(false) {
-                purse.settle(amount, 0); // back into the room, for `take_slices`
+            if !may {
+                return None;
             }
+            ledger.cover(&purse, amount).await.ok()?.map(|taken| Slices { slices, taken })
         }
+    }
+
+    /// Adds slices that came from the store, and writes MARK; false when it cannot be written.
+    pub fn add_slices(&mut self, Slices { slices, taken }: Slices, output: u64) -> bool {
+        let inner = self.inner_mut();
+        inner.held += taken.keep();
+        inner.covered += slices * SLICE_TOKENS;
+        self.mark(output)
     }
 
     /// Tells what a drop has to settle: output tokens handed over so far, and whether that count is exact.

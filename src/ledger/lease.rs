@@ -144,6 +144,39 @@ impl Purse {
     }
 }
 
+/// Money that was taken out of room for somebody: it goes back unless it is kept, so a taker that has left loses none.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Taken {
+    purse: Arc<Purse>,
+    amount: i64,
+}
+
+impl Taken {
+    /// Holds exactly `amount`, or nothing.
+    pub fn of(purse: &Arc<Purse>, amount: i64) -> Option<Taken> {
+        purse.take(amount).then(|| Taken { purse: purse.clone(), amount })
+    }
+
+    /// Nano-units.
+    pub fn amount(&self) -> i64 {
+        self.amount
+    }
+
+    /// Hands the hold over to whoever settles it.
+    pub fn keep(mut self) -> i64 {
+        std::mem::take(&mut self.amount)
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if self.amount > 0 {
+            self.purse.settle(self.amount, 0);
+        }
+    }
+}
+
 /// Counts an open call of a purse; the count ends with it.
 #[derive(Debug)]
 pub(super) struct CallCount(pub Arc<Purse>);
@@ -178,6 +211,16 @@ mod tests {
         assert!(purse.take(100));
         assert!(!purse.take(1));
         assert_eq!(purse.room(), 0);
+    }
+
+    #[test]
+    fn money_that_was_taken_for_somebody_who_left_goes_back() {
+        let purse = Arc::new(Purse::new(1));
+        purse.granted(100);
+        drop(Taken::of(&purse, 60).unwrap());
+        assert_eq!((purse.room(), purse.unspent()), (100, 100));
+        assert_eq!(Taken::of(&purse, 60).unwrap().keep(), 60);
+        assert_eq!((purse.room(), purse.unspent()), (40, 100));
     }
 
     #[test]

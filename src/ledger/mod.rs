@@ -18,9 +18,9 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::Notify;
 
-pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS};
+pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS, Slices};
 use journal::Journal;
-use lease::{BROKE_MS, Purse};
+use lease::{BROKE_MS, Purse, Taken};
 pub use money::{RATIO_ONE, Tokens, cost_nano, output_affordable};
 
 use crate::config::LowBalance;
@@ -47,6 +47,7 @@ pub struct Ledger {
     /// Lines that are open.
     open: AtomicU64,
     ended: Notify,
+    shipping: tokio::sync::Mutex<()>,
     /// Set when the boot is no longer live in the store, or the node has stopped: no more holds.
     fenced: AtomicBool,
     /// Calls that end now were cut off by this node, not by their clients.
@@ -108,6 +109,7 @@ impl Ledger {
             on_low_balance,
             open: AtomicU64::new(0),
             ended: Notify::new(),
+            shipping: tokio::sync::Mutex::default(),
             fenced: AtomicBool::new(false),
             cut_off: AtomicBool::new(false),
         });
@@ -211,20 +213,20 @@ impl Ledger {
         self.habits.write().expect("no holder of this lock panics").entry(model.to_owned()).or_default().clone()
     }
 
-    /// Holds `amount`, asking the store where room is short; false when the money is not there.
-    async fn cover(self: &Arc<Ledger>, purse: &Arc<Purse>, amount: i64) -> Result<bool, Error> {
-        if purse.take(amount) {
-            return Ok(true);
+    /// Holds `amount`, asking the store where room is short; `None` when the money is not there.
+    async fn cover(self: &Arc<Ledger>, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
+        if let Some(taken) = Taken::of(purse, amount) {
+            return Ok(Some(taken));
         }
         if self.ready().is_err() {
             return Err(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 });
         }
-        // A task of its own: a client that leaves must not leave a grant unbooked.
+        // A task of its own: a client that leaves must not leave a grant unbooked, and what was taken for it goes back.
         let (ledger, purse) = (self.clone(), purse.clone());
         tokio::spawn(async move { ledger.refill_and_take(&purse, amount).await }).await.map_err(|_| Error::Internal)?
     }
 
-    async fn refill_and_take(&self, purse: &Purse, amount: i64) -> Result<bool, Error> {
+    async fn refill_and_take(&self, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
         let mut lease = purse.lease.lock().await;
         let unavailable = || Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 };
         if lease.unknown {
@@ -232,12 +234,12 @@ impl Ledger {
             purse.granted(row.granted_nano - lease.granted_nano);
             *lease = lease::LeaseState { version: row.version, granted_nano: row.granted_nano, unknown: false };
         }
-        if purse.take(amount) {
-            return Ok(true); // another call's grant or settlement
+        if let Some(taken) = Taken::of(purse, amount) {
+            return Ok(Some(taken)); // another call's grant or settlement
         }
         let now_ms = now_ms();
         if now_ms < purse.broke_until_ms.load(Ordering::Relaxed) {
-            return Ok(false);
+            return Ok(None);
         }
         let need = amount - purse.room();
         match self.store.grant(self.boot, purse.user_id, need, purse.ahead_nano()).await {
@@ -245,11 +247,11 @@ impl Ledger {
                 purse.granted(row.granted_nano - lease.granted_nano);
                 lease.version = row.version;
                 lease.granted_nano = row.granted_nano;
-                let took = purse.take(amount);
-                if !took {
+                let taken = Taken::of(purse, amount);
+                if taken.is_none() {
                     purse.broke_until_ms.store(now_ms + BROKE_MS, Ordering::Relaxed);
                 }
-                Ok(took)
+                Ok(taken)
             }
             Err(StoreError::BootGone) => {
                 self.fence();
@@ -305,6 +307,7 @@ impl Ledger {
 
     /// Ships what waits, a batch at a time.
     async fn ship(&self) -> Result<(), StoreError> {
+        let _one_at_a_time = self.shipping.lock().await;
         loop {
             let (from, to, lines) =
                 self.journal.unshipped(SHIP_LINES).map_err(|error| StoreError::Database(error.to_string()))?;
@@ -312,12 +315,14 @@ impl Ledger {
                 return Ok(());
             }
             match self.store.ship(self.boot, from, to, lines).await {
-                Ok(()) => {}
-                // An earlier commit went through although we were told that it failed.
-                Err(StoreError::Moved) if self.store.boot(self.boot).await?.is_some_and(|boot| boot.shipped == to) => {}
+                Ok(()) => self.journal.shipped(to),
+                // An earlier commit went through although nobody heard of it: the watermark knows how far.
+                Err(StoreError::Moved) => match self.store.boot(self.boot).await? {
+                    Some(boot) if boot.shipped > from => self.journal.shipped(boot.shipped),
+                    _ => return Err(StoreError::Moved),
+                },
                 Err(error) => return Err(error),
             }
-            self.journal.shipped(to);
         }
     }
 

@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep};
 use super::body::Weight;
 use super::journey::Opened;
 use crate::error::Error;
-use crate::ledger::{Ended, OpenLine, SLICE_TOKENS};
+use crate::ledger::{Ended, OpenLine, SLICE_TOKENS, Slices};
 use crate::store::EndReason;
 use crate::upstream::openai::{DONE, chunk_event};
 use crate::upstream::{Answer, Frame, Frames, Place};
@@ -27,6 +27,7 @@ use crate::upstream::{Answer, Frame, Frames, Place};
 /// Goes out between two events of a silent stream. One line feed: a blank line behind a comment breaks a few old SDKs.
 const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n");
 const BROKEN_OFF: Error = Error::UpstreamFailed { reason: "its stream broke off" };
+const JOURNAL_FULL: Error = Error::NodeUnavailable { reason: "its journal is full", retry_after_s: 5 };
 const SILENT: Error = Error::UpstreamTimeout { reason: "it fell silent" };
 const TOO_LONG: Error = Error::UpstreamTimeout { reason: "its answer took too long" };
 /// From this close to the end of what is held the exact count is kept, so that a cut is charged to the token.
@@ -64,7 +65,7 @@ pub struct Terms {
 }
 
 type Opening = Pin<Box<dyn Future<Output = Opened> + Send>>;
-type Asking = Pin<Box<dyn Future<Output = ()> + Send>>;
+type Asking = Pin<Box<dyn Future<Output = Option<Slices>> + Send>>;
 type Preparing = Pin<Box<dyn Future<Output = OpenLine> + Send>>;
 
 /// The streamed reply.
@@ -178,7 +179,7 @@ impl Relay {
                         self.phase = Phase::Asking(frames, line, asking, frame);
                         return Poll::Pending;
                     }
-                    Poll::Ready(()) => self.take_after_asking(cx, frames, line, frame),
+                    Poll::Ready(slices) => self.take_after_asking(cx, frames, line, frame, slices),
                 },
                 Phase::Preparing(frames, mut preparing, reason) => match preparing.as_mut().poll(cx) {
                     Poll::Pending => {
@@ -227,11 +228,20 @@ impl Relay {
         self.release(cx, frames, line, frame);
     }
 
-    fn take_after_asking(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
-        if !line.take_slices(frames.output()) {
-            return self.cut(frames, line);
+    fn take_after_asking(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut frames: Box<Frames>,
+        mut line: OpenLine,
+        frame: Frame,
+        slices: Option<Slices>,
+    ) {
+        let output = frames.output();
+        match slices.map(|slices| line.add_slices(slices, output)) {
+            Some(true) => self.release(cx, frames, line, frame),
+            Some(false) => self.broken(frames, line, &JOURNAL_FULL),
+            None => self.cut(frames, line),
         }
-        self.release(cx, frames, line, frame);
     }
 
     fn release(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
@@ -244,7 +254,7 @@ impl Relay {
             self.output = frames.output();
         }
         if (first || frame.finish) && !line.mark(self.output) {
-            return self.cut(frames, line);
+            return self.broken(frames, line, &JOURNAL_FULL);
         }
         self.content |= frame.content;
         match frame.place {
@@ -300,7 +310,7 @@ impl Relay {
                                  "model": self.terms.model, "choices": choices, "usage": usage }))
         };
         let choices = |choice: u32| json!([{ "index": choice, "delta": {}, "finish_reason": "length" }]);
-        let mut ending = vec![Bytes::from_static(b": gpt-cat: the balance is used up\n")];
+        let mut ending = vec![Bytes::from_static(b": gpt-cat: no further money can be held for this stream\n")];
         ending.extend(frames.unfinished().map(|choice| chunk(choices(choice), serde_json::Value::Null)));
         ending.push([b"data: ", DONE, b"\n\n"].concat().into());
         self.out.extend(ending);

@@ -125,7 +125,7 @@ async fn a_stream_takes_slices_as_it_flows_and_ends_with_length_when_the_money_d
     let reply = node.chat(&streaming("")).await;
     assert!(reply.whole && reply.text().ends_with(DONE), "a client sees a whole stream");
     assert!(reply.text().contains(r#""finish_reason":"length""#));
-    assert!(reply.text().contains(": gpt-cat: the balance is used up\n"));
+    assert!(reply.text().contains(": gpt-cat: no further money can be held for this stream\n"));
     upstream.saw_close().await;
     let line = &node.lines(1).await[0];
     let words = reply.said().matches("word").count() as u64;
@@ -273,5 +273,50 @@ async fn an_answer_that_is_drained_shows_what_the_operator_pays_for_it() {
     let line = &node.lines(1).await[0];
     assert_eq!((line.end_reason.name(), line.output, line.usage_output), ("client_gone", 2, Some(52)));
     assert_eq!(line.charged_nano + line.absorbed_nano, 20 * INPUT_NANO + 52 * OUTPUT_NANO);
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn streams_of_one_user_that_need_slices_together_all_get_them() {
+    // Each takes several slices; what one of them fetches from the store must not be lost to another.
+    let events: Vec<Act> = (0..40).map(|_| chunk(text(&" word".repeat(50)))).collect();
+    let end = chunk(finish() + DONE);
+    let upstream =
+        Upstream::start(move |_, _| [vec![stream_head()], events.clone(), vec![end.clone(), stream_end()]].concat())
+            .await;
+    let setup = Setup::at(&upstream).balance_nano(20 * (100 * INPUT_NANO + 2200 * OUTPUT_NANO));
+    let node = std::sync::Arc::new(setup.start().await);
+    let calls: Vec<_> = (0..20)
+        .map(|_| {
+            let node = node.clone();
+            tokio::spawn(async move { node.chat(&streaming("")).await.said().matches("word").count() })
+        })
+        .collect();
+    for call in calls {
+        assert_eq!(call.await.unwrap(), 2000);
+    }
+    assert!(node.lines(20).await.iter().all(|line| line.end_reason.name() == "complete"));
+    std::sync::Arc::into_inner(node).unwrap().finish().await;
+}
+
+#[tokio::test]
+async fn clients_that_leave_while_money_is_fetched_lock_none_of_it() {
+    let upstream = Upstream::start(|_, _| whole(200, &completion("hi", 5, 1))).await;
+    let node = Setup::at(&upstream).start().await;
+    for _ in 0..50 {
+        drop(node.send(&post(KEY, &asking(r#","max_tokens":16000"#))).await);
+    }
+    for _ in 0..50 {
+        let connection = node.send(&post(KEY, &streaming(r#","max_tokens":16000"#))).await;
+        tokio::task::yield_now().await;
+        drop(connection);
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    // Whatever became of them, nothing is held any more: the whole balance can be used again.
+    let balance = node.balance_nano().await;
+    let output = (balance - 60 * INPUT_NANO) / OUTPUT_NANO;
+    assert!(output > 16_000);
+    let body = asking(r#","max_tokens":16000,"n":30"#);
+    assert_eq!(node.chat(&body).await.status, 200);
     node.finish().await;
 }

@@ -77,6 +77,9 @@ async fn serve(config: Config, store: Store, master: MasterKey) -> Result<bool, 
         print(&welcome.text(&urls[0]))?;
     }
     let server = Server::start(config.clone(), store.clone(), master, doors).await?;
+    if let Some(address) = api.as_ref().and_then(|api| api.local_addr().ok()) {
+        print(&format!("admin API on http://{address}\n"))?;
+    }
     for url in &urls {
         print(&format!("listening on {url}\n"))?;
     }

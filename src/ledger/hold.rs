@@ -23,6 +23,8 @@ pub const SLICE_TOKENS: u64 = 256;
 const OUTPUT_USUAL_MIN: u64 = 256;
 /// A clamped call starts only if it can say at least this much.
 const OUTPUT_CLAMPED_MIN: u64 = 16;
+/// A body up to this size lies in hyper's first read buffer, of 8 KiB.
+const BODY_COPIED_BYTES_MAX: usize = 8 << 10;
 /// CPU time that counting one prompt may take (design.md §6).
 const COUNT_BUDGET: Duration = Duration::from_millis(20);
 /// A longer prompt is counted on a blocking thread: at 20 MB/s this is below a millisecond.
@@ -498,7 +500,7 @@ impl PromptText {
         let shape = ask.head.prompt;
         let bytes = meter::prompt_bound(shape.text_bytes, shape.messages.into(), shape.images.into(), &model.name);
         PromptText {
-            body: ask.body.clone(),
+            body: kept(ask.body),
             vocabulary: model.vocabulary,
             bound: if shape.opaque { model.context } else { bytes.min(model.context) },
             counted: None,
@@ -583,6 +585,12 @@ impl Habit {
         let usual = length.map_or(0, |length| 1u64 << length);
         usual.max(OUTPUT_USUAL_MIN).min(max_output.max(1))
     }
+}
+
+/// The body for as long as the call is open: a small one by itself, since it came in a read buffer that its connection
+/// would otherwise have to replace.
+fn kept(body: &Bytes) -> Bytes {
+    if body.len() > BODY_COPIED_BYTES_MAX { body.clone() } else { Bytes::copy_from_slice(body) }
 }
 
 fn elapsed_ms(begun: Instant) -> u64 {

@@ -150,6 +150,7 @@ impl Relay {
                     Some(frame) => self.take(cx, frames, line, frame),
                     None => {
                         self.flush_span(&frames);
+                        frames.let_go();
                         if !self.out.is_empty() {
                             self.phase = Phase::Streaming(frames, line);
                             return Poll::Ready(());

@@ -149,6 +149,15 @@ impl Frames {
         self.next_read()
     }
 
+    /// Lets go of a chunk that has been given out whole: it is a part of the connection's read buffer, which a stream that
+    /// waits must not keep.
+    pub fn let_go(&mut self) {
+        if self.given == self.chunk.len() {
+            self.chunk = Bytes::new();
+            (self.read, self.given) = (0, 0);
+        }
+    }
+
     /// The bytes of a span of the chunk at hand.
     pub fn slice(&self, span: Range<usize>) -> Bytes {
         self.chunk.slice(span)

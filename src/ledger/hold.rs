@@ -589,6 +589,7 @@ impl Habit {
 
 /// The body for as long as the call is open: a small one by itself, since it came in a read buffer that its connection
 /// would otherwise have to replace.
+#[expect(clippy::disallowed_methods, reason = "a slice would keep the connection's whole read buffer")]
 fn kept(body: &Bytes) -> Bytes {
     if body.len() > BODY_COPIED_BYTES_MAX { body.clone() } else { Bytes::copy_from_slice(body) }
 }

@@ -4,6 +4,7 @@
 
 mod corpus;
 mod faults;
+mod http2;
 mod money;
 mod node;
 mod upstream;

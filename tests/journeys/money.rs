@@ -195,6 +195,10 @@ async fn reasoning_that_was_not_shown_is_billed_by_the_upstreams_usage() {
     node.chat(&streaming("")).await;
     let line = &node.lines(1).await[0];
     assert_eq!((line.billed.name(), line.output, line.usage_reasoning), ("usage", 900, Some(898)));
+    // Learnt: from now on the model is held for all that it may bill.
+    node.chat(&streaming("")).await;
+    let (before, after) = (line.hold_nano, node.lines(2).await[1].hold_nano);
+    assert!(before < 1000 * OUTPUT_NANO && after >= 16_384 * OUTPUT_NANO, "{before} {after}");
     node.finish().await;
 }
 

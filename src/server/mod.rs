@@ -179,6 +179,7 @@ impl Server {
             let _ = tokio::time::timeout(FAREWELL_MAX, &mut ending).await;
             abort.send_replace(true);
         }
+        gateway.stop.notify_waiters(); // answers that are read on for nobody
         let stopped = gateway.ledger.stop(SETTLE_MAX).await;
         books.abort();
         watching.abort();

@@ -475,8 +475,13 @@ impl Drop for Relay {
                 if frames.is_drained()
                     && let Ok(runtime) = tokio::runtime::Handle::try_current()
                 {
+                    let stop = self.terms.stop.clone();
                     runtime.spawn(async move {
-                        frames.drain().await;
+                        // A node that stops waits for no answer that nobody reads.
+                        tokio::select! {
+                            () = frames.drain() => {}
+                            () = stop.notified() => {}
+                        }
                         line.upstream_bills(frames.usage());
                     });
                 }

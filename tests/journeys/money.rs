@@ -324,3 +324,20 @@ async fn clients_that_leave_while_money_is_fetched_lock_none_of_it() {
     assert_eq!(node.chat(&body).await.status, 200);
     node.finish().await;
 }
+
+#[tokio::test]
+async fn a_node_that_stops_waits_for_no_answer_that_is_drained() {
+    let upstream = Upstream::start(|_, _| vec![stream_head(), chunk(text("Hello world")), Act::AwaitClose]).await;
+    let setup =
+        Setup::at(&upstream).replacing("dialect = \"openai\"", "dialect = \"openai\"\non_disconnect = \"drain\"");
+    let node = setup.start().await;
+    let mut connection = node.send(&post(KEY, &streaming(""))).await;
+    connection.read_until("world").await;
+    drop(connection);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let (store, begun) = (node.store.clone(), std::time::Instant::now());
+    node.finish().await;
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    let lines = store.lines(gpt_cat::store::LineFilter { limit: 9, ..Default::default() }).await.unwrap();
+    assert_eq!((lines[0].1.end_reason.name(), lines[0].1.output), ("client_gone", 2));
+}

@@ -31,6 +31,8 @@ const COUNT_BUDGET: Duration = Duration::from_millis(20);
 const COUNT_INLINE_BYTES_MAX: usize = 16 << 10;
 /// Usage is believed up to this far from the count: within half and double, give or take these tokens.
 const SANE_SLACK_TOKENS: u64 = 64;
+/// OpenAI frames a tool call with about 18 tokens that no text shows.
+const TOOL_CALL_SLACK_TOKENS: u64 = 24;
 /// What a template or a provider's own system prompt may add to a prompt's bound.
 const PROMPT_SLACK_TOKENS: u64 = 2048;
 /// Bytes of text a token stands for, where a prompt has to be estimated without its text.
@@ -64,6 +66,8 @@ pub struct Ended {
     pub output: u64,
     /// The count is not exact.
     pub estimated: bool,
+    /// Tool calls in the answer: each is billed some tokens that no text shows.
+    pub tool_calls: u64,
     /// Whether anything of the answer was handed over.
     pub content: bool,
     /// The upstream may bill although nothing was handed over: it was called, and not heard to refuse.
@@ -134,6 +138,7 @@ impl Ended {
             usage_invalid: false,
             output: 0,
             estimated: false,
+            tool_calls: 0,
             content: false,
         }
     }
@@ -377,6 +382,7 @@ impl Drop for OpenLine {
             usage_invalid: false,
             output: inner.output,
             estimated: inner.estimated,
+            tool_calls: 0,
             content: inner.content,
             may_be_billed: inner.called,
         };
@@ -462,7 +468,7 @@ impl Inner {
         if !ended.content {
             return; // no content, no charge
         }
-        match ended.usage.filter(|usage| is_sane(usage, &self.prompt, ended.output)) {
+        match ended.usage.filter(|usage| is_sane(usage, &self.prompt, ended)) {
             Some(usage) => {
                 line.billed = Billed::Usage;
                 (line.input, line.cached_input, line.output) = (usage.input, usage.cached_input, usage.output);
@@ -483,10 +489,11 @@ impl Inner {
 }
 
 /// Design.md §4 (7): prompt within its bound, output within half and double of the count, unseen reasoning excepted.
-fn is_sane(usage: &Usage, prompt: &PromptText, counted: u64) -> bool {
+fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended) -> bool {
+    let counted = ended.output;
+    let slack = SANE_SLACK_TOKENS + ended.tool_calls * TOOL_CALL_SLACK_TOKENS;
     let near = |output: u64| {
-        output.saturating_add(SANE_SLACK_TOKENS) >= counted / 2
-            && output <= counted.saturating_mul(2).saturating_add(SANE_SLACK_TOKENS)
+        output.saturating_add(slack) >= counted / 2 && output <= counted.saturating_mul(2).saturating_add(slack)
     };
     let seen = usage.output.saturating_sub(usage.reasoning);
     usage.input <= prompt.usage_bound()

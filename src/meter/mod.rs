@@ -86,6 +86,12 @@ impl Meter {
         self.lanes.iter().map(|(_, running)| running.at_most()).sum()
     }
 
+    /// Tool calls so far. Providers bill some tokens that frame each of them and that no text shows.
+    pub fn tool_calls(&self) -> u64 {
+        let is_call = |kind: Kind| matches!(kind, Kind::ToolName(_) | Kind::FunctionName);
+        self.lanes.iter().filter(|(lane, _)| is_call(lane.kind)).count() as u64
+    }
+
     /// Whether the total is not exact: a delta was too long to count, one piece of text had no end, or there were more
     /// than [`LANES_MAX`] texts.
     pub fn is_estimated(&self) -> bool {

@@ -134,6 +134,7 @@ async fn settle_whole(whole: Whole, mut line: OpenLine) -> Response<Reply> {
         usage_invalid: whole.usage_invalid,
         output: whole.output,
         estimated: whole.estimated,
+        tool_calls: whole.tool_calls,
         content: true,
         may_be_billed: true,
     });

@@ -382,6 +382,7 @@ impl Relay {
             usage_invalid: frames.usage_invalid(),
             output: self.output,
             estimated: frames.is_estimated(),
+            tool_calls: frames.tool_calls(),
             content: self.content,
             may_be_billed: true,
         }

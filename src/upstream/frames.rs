@@ -265,6 +265,11 @@ impl Frames {
         self.meter.total()
     }
 
+    /// Tool calls so far.
+    pub fn tool_calls(&self) -> u64 {
+        self.meter.tool_calls()
+    }
+
     /// A number that [`Frames::output`] does not exceed, for next to nothing.
     pub fn output_at_most(&self) -> u64 {
         self.meter.at_most()

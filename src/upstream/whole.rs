@@ -15,6 +15,7 @@ pub struct Whole {
     /// Output tokens as counted here.
     pub output: u64,
     pub estimated: bool,
+    pub tool_calls: u64,
 }
 
 impl Whole {
@@ -39,6 +40,7 @@ impl Whole {
             usage_invalid: read.usage_invalid,
             output: meter.total(),
             estimated: meter.is_estimated(),
+            tool_calls: meter.tool_calls(),
         })
     }
 }

@@ -341,3 +341,22 @@ async fn a_node_that_stops_waits_for_no_answer_that_is_drained() {
     let lines = store.lines(gpt_cat::store::LineFilter { limit: 9, ..Default::default() }).await.unwrap();
     assert_eq!((lines[0].1.end_reason.name(), lines[0].1.output), ("client_gone", 2));
 }
+
+#[tokio::test]
+async fn the_usage_of_many_short_tool_calls_is_believed() {
+    // Ten calls of three tokens each show thirty tokens; OpenAI bills some eighteen more for each.
+    let calls: Vec<_> = (0..10)
+        .map(|index| {
+            json!({ "index": index, "id": format!("call_{index}"), "type": "function",
+                             "function": { "name": "tick", "arguments": "{}" } })
+        })
+        .collect();
+    let events =
+        [crate::upstream::delta(json!({ "tool_calls": calls })), finish(), usage(50, 210), DONE.into()].concat();
+    let upstream = Upstream::start(move |_, _| stream(&events)).await;
+    let node = Setup::at(&upstream).start().await;
+    node.chat(&streaming("")).await;
+    let line = &node.lines(1).await[0];
+    assert_eq!((line.billed.name(), line.output, line.flagged), ("usage", 210, false), "{line:?}");
+    node.finish().await;
+}

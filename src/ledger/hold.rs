@@ -97,6 +97,8 @@ struct Inner {
     /// Output tokens that the hold pays for.
     covered: u64,
     sliceable: bool,
+    /// Tokens of output, over all choices, that the model can bill.
+    output_max: u64,
     /// What `max_tokens` has to be set to, because the money covers no more.
     clamp: Option<u64>,
     /// The upstream was called: it may bill.
@@ -246,6 +248,7 @@ impl Ledger {
             prompt,
             held: taken.keep(),
             covered,
+            output_max: model.max_output.max(ask.head.max_tokens.unwrap_or(0)).saturating_mul(n),
             sliceable: !unseen && clamp.is_none(),
             clamp,
             called: false,
@@ -418,7 +421,7 @@ impl Inner {
 
     fn settle(mut self: Box<Self>, ledger: &Ledger, ended: Ended) {
         self.fill_tokens(&ended);
-        let Inner { purse, line, model, held, called, begun, upstream_bills, .. } = &mut *self;
+        let Inner { purse, line, model, held, called, begun, upstream_bills, prompt, output_max, .. } = &mut *self;
         line.hold_nano = *held;
         line.status = ended.status;
         line.end_reason = ended.reason;
@@ -428,9 +431,12 @@ impl Inner {
             Billed::Nothing => 0,
             _ => cost_nano(&model.price, tokens, line.ratio_micro),
         };
-        line.charged_nano = purse.settle(*held, cost);
+        let held_before = *held;
+        (line.charged_nano, *held) = purse.charge(held_before, cost);
         line.absorbed_nano = cost - line.charged_nano;
-        if let Some(Usage { input, cached_input, output, reasoning }) = *upstream_bills {
+        let believed =
+            upstream_bills.filter(|usage| usage.input <= prompt.usage_bound() && usage.output <= *output_max);
+        if let Some(Usage { input, cached_input, output, reasoning }) = believed {
             let billed = cost_nano(&model.price, Tokens { input, cached_input, output }, line.ratio_micro);
             line.absorbed_nano = line.absorbed_nano.max(billed - line.charged_nano);
             (line.usage_input, line.usage_cached) = (Some(input), Some(cached_input));
@@ -438,14 +444,16 @@ impl Inner {
         }
         if line.billed == Billed::Nothing && *called && ended.may_be_billed {
             // A call that was cancelled, or waited for in vain; the hold is the most that it can come to.
-            line.absorbed_nano = *held;
+            line.absorbed_nano = held_before;
             line.estimated = true;
         }
         if matches!(ended.reason, EndReason::Complete) && ended.content {
             self.habit.note(self.line.output);
         }
-        let Inner { line, place, _count, .. } = *self;
+        let Inner { line, place, _count, purse, held, .. } = *self;
+        let charged = line.charged_nano;
         ledger.journal.end(place, line);
+        purse.release(held, charged);
         ledger.open.fetch_sub(1, Ordering::AcqRel);
         ledger.ended.notify_waiters();
     }
@@ -468,7 +476,7 @@ impl Inner {
         if !ended.content {
             return; // no content, no charge
         }
-        match ended.usage.filter(|usage| is_sane(usage, &self.prompt, ended)) {
+        match ended.usage.filter(|usage| is_sane(usage, &self.prompt, ended, self.output_max)) {
             Some(usage) => {
                 line.billed = Billed::Usage;
                 (line.input, line.cached_input, line.output) = (usage.input, usage.cached_input, usage.output);
@@ -489,14 +497,18 @@ impl Inner {
 }
 
 /// Design.md §4 (7): prompt within its bound, output within half and double of the count, unseen reasoning excepted.
-fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended) -> bool {
+fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended, output_max: u64) -> bool {
     let counted = ended.output;
     let slack = SANE_SLACK_TOKENS + ended.tool_calls * TOOL_CALL_SLACK_TOKENS;
     let near = |output: u64| {
         output.saturating_add(slack) >= counted / 2 && output <= counted.saturating_mul(2).saturating_add(slack)
     };
     let seen = usage.output.saturating_sub(usage.reasoning);
-    usage.input <= prompt.usage_bound()
+    // A placeholder of zeros is no usage, and nobody reasons beyond what the model can say.
+    usage.input > 0
+        && (usage.output > 0 || counted == 0)
+        && usage.output <= output_max.saturating_mul(2).saturating_add(slack)
+        && usage.input <= prompt.usage_bound()
         && usage.cached_input <= usage.input
         && usage.reasoning <= usage.output
         && (near(usage.output) || near(seen))

@@ -545,12 +545,14 @@ impl Dead {
                     }
                 }
                 Ok((_, sequence, payload)) => {
-                    open.remove(&sequence);
-                    // The first END of an id counts.
-                    if let Ok(end) = postcard::from_bytes::<End>(payload)
-                        && ended.insert(sequence)
-                    {
-                        left.ended.push((end.ordinal, end.line));
+                    // The first END of an id counts. One that another version wrote leaves its call open: settled by MARK.
+                    if let Ok(end) = postcard::from_bytes::<End>(payload) {
+                        open.remove(&sequence);
+                        if ended.insert(sequence) {
+                            left.ended.push((end.ordinal, end.line));
+                        }
+                    } else {
+                        tracing::error!(sequence, "journal: an END does not read");
                     }
                 }
                 Err(offset) => left.corrupt.push((path.clone(), offset)),

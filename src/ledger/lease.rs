@@ -80,14 +80,18 @@ impl Purse {
         got
     }
 
-    /// Ends a hold: `min(cost, held + what room gives)` is spent, the rest of the hold becomes room. Returns the charge.
-    pub fn settle(&self, held: i64, cost: i64) -> i64 {
+    /// What a call is charged: `min(cost, held + what room gives)`, and what is held for it then.
+    pub fn charge(&self, held: i64, cost: i64) -> (i64, i64) {
         let held = if cost > held { held + self.take_up_to(cost - held) } else { held };
-        let charge = cost.min(held);
+        (cost.min(held), held)
+    }
+
+    /// Ends a hold of which `charge` was spent; the rest becomes room. Only once the charge is written down: room that
+    /// others spend must not be charged to this call again by whoever reads the journal.
+    pub fn release(&self, held: i64, charge: i64) {
         self.held.fetch_sub(held, Ordering::AcqRel);
         self.room.fetch_add(held - charge, Ordering::AcqRel);
         self.note_spent(charge);
-        charge
     }
 
     /// Money that came from the store.
@@ -172,7 +176,7 @@ impl Taken {
 impl Drop for Taken {
     fn drop(&mut self) {
         if self.amount > 0 {
-            self.purse.settle(self.amount, 0);
+            self.purse.release(self.amount, 0);
         }
     }
 }
@@ -202,6 +206,14 @@ impl Drop for CallCount {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Purse {
+        fn settle(&self, held: i64, cost: i64) -> i64 {
+            let (charge, held) = self.charge(held, cost);
+            self.release(held, charge);
+            charge
+        }
+    }
 
     #[test]
     fn a_hold_takes_all_of_its_amount_or_nothing() {

@@ -9,6 +9,7 @@ mod lease;
 mod money;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -234,33 +235,38 @@ impl Ledger {
             purse.granted(row.granted_nano - lease.granted_nano);
             *lease = lease::LeaseState { version: row.version, granted_nano: row.granted_nano, unknown: false };
         }
-        if let Some(taken) = Taken::of(purse, amount) {
-            return Ok(Some(taken)); // another call's grant or settlement
-        }
-        let now_ms = now_ms();
-        if now_ms < purse.broke_until_ms.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
-        let need = amount - purse.room();
-        match self.store.grant(self.boot, purse.user_id, need, purse.ahead_nano()).await {
-            Ok(row) => {
-                purse.granted(row.granted_nano - lease.granted_nano);
-                lease.version = row.version;
-                lease.granted_nano = row.granted_nano;
-                let taken = Taken::of(purse, amount);
-                if taken.is_none() {
-                    purse.broke_until_ms.store(now_ms + BROKE_MS, Ordering::Relaxed);
+        // What a grant brings others may take before this call does: only an empty balance means that there is no money.
+        // Each round takes the amount or moves more of the balance into the room, so it ends.
+        loop {
+            if let Some(taken) = Taken::of(purse, amount) {
+                return Ok(Some(taken));
+            }
+            if now_ms() < purse.broke_until_ms.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let need = amount.saturating_sub(purse.room()).max(1);
+            match self.store.grant(self.boot, purse.user_id, need, purse.ahead_nano()).await {
+                Ok(row) => {
+                    purse.granted(row.granted_nano - lease.granted_nano);
+                    lease.version = row.version;
+                    lease.granted_nano = row.granted_nano;
+                    if row.balance_nano == 0 {
+                        let taken = Taken::of(purse, amount);
+                        if taken.is_none() {
+                            purse.broke_until_ms.store(now_ms() + BROKE_MS, Ordering::Relaxed);
+                        }
+                        return Ok(taken);
+                    }
                 }
-                Ok(taken)
-            }
-            Err(StoreError::BootGone) => {
-                self.fence();
-                Err(unavailable())
-            }
-            Err(error) => {
-                tracing::error!(%error, "a grant failed; its outcome is unknown until the lease is read again");
-                lease.unknown = true;
-                Err(unavailable())
+                Err(StoreError::BootGone) => {
+                    self.fence();
+                    return Err(unavailable());
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a grant failed; its outcome is unknown until the lease is read again");
+                    lease.unknown = true;
+                    return Err(unavailable());
+                }
             }
         }
     }
@@ -361,7 +367,7 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
     let ended: Vec<Line> =
         left.ended.into_iter().filter(|(ordinal, _)| *ordinal > boot.shipped).map(|(_, line)| line).collect();
     let (ended_count, crashed_count) = (ended.len(), left.crashed.len());
-    let lines: Vec<Line> = ended.into_iter().chain(left.crashed).collect();
+    let lines = within_leases(store, dead.boot, ended.into_iter().chain(left.crashed).collect()).await?;
     for batch in lines.chunks(SHIP_LINES) {
         let to = watermark + batch.len() as u64;
         store.ship(dead.boot, watermark, to, batch.to_vec()).await?;
@@ -373,6 +379,26 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
     }
     dead.remove()?;
     Ok(())
+}
+
+/// Bounds what a dead boot's lines charge by what its leases still have: with a record lost, money that a call gave back
+/// may have been spent by another, and the rest of the charge is the operator's.
+async fn within_leases(store: &Store, boot: BootId, mut lines: Vec<Line>) -> Result<Vec<Line>, StoreError> {
+    let mut left: HashMap<i64, i64> = HashMap::new();
+    for line in &mut lines {
+        let left = match left.entry(line.user_id) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(store.lease(boot, line.user_id).await?.amount_nano),
+        };
+        let charged = line.charged_nano.min(*left);
+        if charged < line.charged_nano {
+            line.absorbed_nano += line.charged_nano - charged;
+            line.charged_nano = charged;
+            line.flagged = true;
+        }
+        *left -= charged;
+    }
+    Ok(lines)
 }
 
 /// Recomputes a line from its tokens, price version and ratio; says what does not agree.

@@ -132,6 +132,7 @@ impl Pool {
             if let Some(retry_after_s) = state.resting_past(model, tried, deadline.into_std()) {
                 return Err(Error::UpstreamBusy { retry_after_s });
             }
+            state.waiting.retain(|waiter| !waiter.lend.is_closed());
             let of_user = state.waiting.iter().filter(|waiter| waiter.user_id == user_id).count();
             if state.waiting.len() >= self.bounds.queue_max || of_user >= self.bounds.queue_user_max {
                 return Err(Error::QueueFull { retry_after_s: self.bounds.queue_deadline_s });

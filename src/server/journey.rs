@@ -135,7 +135,7 @@ async fn settle_whole(whole: Whole, mut line: OpenLine) -> Response<Reply> {
         output: whole.output,
         estimated: whole.estimated,
         tool_calls: whole.tool_calls,
-        content: true,
+        content: whole.content,
         may_be_billed: true,
     });
     reply::json(whole.pieces)

@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep};
 use super::body::Weight;
 use super::journey::Opened;
 use crate::error::Error;
-use crate::ledger::{Ended, OpenLine, SLICE_TOKENS, Slices};
+use crate::ledger::{Ended, OpenLine, Slices};
 use crate::store::EndReason;
 use crate::upstream::openai::{DONE, chunk_event};
 use crate::upstream::{Answer, Frame, Frames, Place};
@@ -30,8 +30,6 @@ const BROKEN_OFF: Error = Error::UpstreamFailed { reason: "its stream broke off"
 const JOURNAL_FULL: Error = Error::NodeUnavailable { reason: "its journal is full", retry_after_s: 5 };
 const SILENT: Error = Error::UpstreamTimeout { reason: "it fell silent" };
 const TOO_LONG: Error = Error::UpstreamTimeout { reason: "its answer took too long" };
-/// From this close to the end of what is held the exact count is kept, so that a cut is charged to the token.
-const NEAR_TOKENS: u64 = SLICE_TOKENS / 2;
 
 /// Breaks the connection: what the client has is not the whole answer.
 #[derive(Debug)]
@@ -251,9 +249,8 @@ impl Relay {
             return self.broken(frames, line, &error);
         }
         let first = frame.content && !self.content;
-        if first || frame.finish || !line.covers(frames.output_at_most() + NEAR_TOKENS) {
-            self.output = frames.output();
-        }
+        // Exact after every frame: what a cut charges is the count before the frame that was not released.
+        self.output = frames.output();
         if (first || frame.finish) && !line.mark(self.output) {
             return self.broken(frames, line, &JOURNAL_FULL);
         }
@@ -324,9 +321,8 @@ impl Relay {
         self.break_off(frames, line, EndReason::UpstreamError, error);
     }
 
-    fn break_off(&mut self, mut frames: Box<Frames>, line: OpenLine, reason: EndReason, error: &Error) {
+    fn break_off(&mut self, frames: Box<Frames>, line: OpenLine, reason: EndReason, error: &Error) {
         self.flush_span(&frames);
-        self.output = frames.output();
         let ended = self.ended(&frames, reason);
         line.end(ended);
         self.error_event(error);
@@ -356,6 +352,9 @@ impl Relay {
             self.output = frames.output();
         }
         let usage = frames.usage();
+        if self.content {
+            line.handed_over(self.output, frames.is_estimated()); // should the client leave while the prompt is counted
+        }
         if line.needs_time(usage) {
             let preparing = Box::pin(async move {
                 line.prepare(usage).await;

@@ -16,6 +16,8 @@ pub struct Whole {
     pub output: u64,
     pub estimated: bool,
     pub tool_calls: u64,
+    /// It carries anything of an answer: without, it costs nothing.
+    pub content: bool,
 }
 
 impl Whole {
@@ -41,6 +43,7 @@ impl Whole {
             output: meter.total(),
             estimated: meter.is_estimated(),
             tool_calls: meter.tool_calls(),
+            content: read.content,
         })
     }
 }

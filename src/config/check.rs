@@ -111,7 +111,7 @@ pub fn config(typed: Typed, dialects: &[&str]) -> Result<Config, Errors> {
                 "ledger.journal_bytes_max",
                 raw.ledger.journal_bytes_max,
                 GIB,
-                16 * MIB..=1024 * GIB,
+                64 * MIB..=1024 * GIB, // four segments: fewer could never be given up
             ),
             first_balance_nano: c.amount("ledger.first_balance", raw.ledger.first_balance).unwrap_or(NANO),
         },

@@ -360,3 +360,79 @@ async fn the_usage_of_many_short_tool_calls_is_believed() {
     assert_eq!((line.billed.name(), line.output, line.flagged), ("usage", 210, false), "{line:?}");
     node.finish().await;
 }
+
+#[tokio::test]
+async fn a_solvent_user_is_never_refused_because_calls_raced_for_a_grant() {
+    let upstream = Upstream::start(|_, _| whole(200, &completion("hi", 12, 1))).await;
+    let setup = Setup::at(&upstream).balance_nano(1_000_000_000_000).accounts(&[("first", 1000)]);
+    let node = std::sync::Arc::new(setup.start().await);
+    let callers: Vec<_> = (0..16)
+        .map(|caller| {
+            let node = node.clone();
+            tokio::spawn(async move {
+                for call in 0..30 {
+                    let body = asking(&format!(r#","max_tokens":{}"#, 1 + (caller * 37 + call * 101) % 900));
+                    assert_eq!(node.chat(&body).await.status, 200);
+                }
+            })
+        })
+        .collect();
+    for caller in callers {
+        caller.await.unwrap();
+    }
+    std::sync::Arc::into_inner(node).unwrap().finish().await;
+}
+
+#[tokio::test]
+async fn a_cut_charges_every_word_that_was_handed_over_however_large_the_frames() {
+    let events: Vec<Act> = (0..20).map(|_| chunk(text(&" word".repeat(190)))).collect();
+    let upstream =
+        Upstream::start(move |_, _| [vec![stream_head()], events.clone(), vec![Act::AwaitClose]].concat()).await;
+    let node = Setup::at(&upstream).balance_nano(100 * INPUT_NANO + 700 * OUTPUT_NANO).start().await;
+    let reply = node.chat(&streaming("")).await;
+    let line = &node.lines(1).await[0];
+    let words = reply.said().matches("word").count() as u64;
+    assert!(words >= 190, "{words}");
+    assert_eq!((line.end_reason.name(), line.output), ("length", words));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_usage_of_zeros_is_a_placeholder_and_the_count_is_billed() {
+    let events = [text("Hello world"), finish(), usage(0, 0), DONE.into()].concat();
+    let whole_answer = completion("Hello world", 12, 0);
+    let upstream =
+        Upstream::start(move |number, _| if number == 0 { stream(&events) } else { whole(200, &whole_answer) }).await;
+    let node = Setup::at(&upstream).start().await;
+    node.chat(&streaming("")).await;
+    node.chat(&asking("")).await;
+    for line in node.lines(2).await {
+        assert_eq!((line.billed.name(), line.output), ("count", 2), "{line:?}");
+        assert!(line.charged_nano > 2 * OUTPUT_NANO);
+    }
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn reasoning_beyond_what_the_model_can_say_is_not_believed() {
+    let last = json!({ "id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [],
+        "usage": { "prompt_tokens": 10, "completion_tokens": 120_000, "total_tokens": 120_010,
+                   "completion_tokens_details": { "reasoning_tokens": 119_998 } } });
+    let events = [text("Hello world"), finish(), format!("data: {last}\n\n"), DONE.into()].concat();
+    let upstream = Upstream::start(move |_, _| stream(&events)).await;
+    let node = Setup::at(&upstream).start().await;
+    node.chat(&streaming("")).await;
+    let line = &node.lines(1).await[0];
+    assert_eq!((line.billed.name(), line.output, line.flagged), ("count", 2, true));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn an_answer_in_one_piece_without_content_costs_nothing() {
+    let empty = r#"{"id":"1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":""},"finish_reason":null}],"usage":{"prompt_tokens":8,"completion_tokens":0,"total_tokens":8}}"#;
+    let upstream = Upstream::start(move |_, _| whole(200, empty)).await;
+    let node = Setup::at(&upstream).start().await;
+    assert_eq!(node.chat(&asking("")).await.status, 200);
+    assert_eq!(node.lines(1).await[0].charged_nano, 0);
+    node.finish().await;
+}

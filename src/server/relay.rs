@@ -281,6 +281,13 @@ impl Relay {
         self.phase = Phase::Streaming(frames, line);
     }
 
+    /// Ends a frame that went out in part, so that what follows is an event of its own.
+    fn end_frame(&mut self, frames: &Frames) {
+        if frames.is_passing() {
+            self.out.push_back(Bytes::from_static(b"\n\n"));
+        }
+    }
+
     fn flush_span(&mut self, frames: &Frames) {
         if let Some(span) = self.span.take() {
             self.out.push_back(frames.slice(span));
@@ -302,6 +309,7 @@ impl Relay {
     /// The money is used up: ends the stream as a model does that reached its bound, and says why.
     fn cut(&mut self, frames: Box<Frames>, line: OpenLine) {
         self.flush_span(&frames);
+        self.end_frame(&frames);
         let id = format!("chatcmpl-{}", self.terms.request_id);
         let chunk = |choices: serde_json::Value, usage: serde_json::Value| {
             chunk_event(&json!({ "id": id, "object": "chat.completion.chunk", "created": crate::store::now_ms() / 1000,
@@ -325,6 +333,7 @@ impl Relay {
         self.flush_span(&frames);
         let ended = self.ended(&frames, reason);
         line.end(ended);
+        self.end_frame(&frames);
         self.error_event(error);
         self.phase = self.after_error();
     }

@@ -28,6 +28,8 @@ const END_MAX: Duration = Duration::from_secs(1);
 /// How long an answer is read on for nobody, and how far.
 const DRAIN_MAX: Duration = Duration::from_secs(120);
 const DRAIN_BYTES_MAX: usize = 16 << 20;
+/// Bytes of a stream a token stands for, where it cannot be counted: JSON around it included, so rather too many tokens.
+const BYTES_PER_TOKEN: u64 = 4;
 /// Choices of one answer whose ends are kept apart: `n` is bounded by the same number.
 const CHOICES_MAX: usize = 128;
 
@@ -95,6 +97,8 @@ pub struct Frames {
     held_bytes: usize,
     /// The beginning of the present frame has been passed on already.
     passing: bool,
+    /// Bytes that were passed on and not counted: of the present frame, or since the parser gave up.
+    uncounted_bytes: u64,
     /// Frames that were read before the client's head went out.
     preamble: VecDeque<Frame>,
     usage: Option<Usage>,
@@ -130,6 +134,7 @@ impl Frames {
             held: SmallVec::new(),
             held_bytes: 0,
             passing: false,
+            uncounted_bytes: 0,
             preamble: VecDeque::new(),
             usage: None,
             usage_invalid: false,
@@ -242,7 +247,8 @@ impl Frames {
 
     /// Whether the answer is whole: the dialect's terminator, or an end for every choice.
     pub fn is_complete(&self) -> bool {
-        self.done || self.finished.len() >= self.choices
+        // Past a bound of the parser nobody here can tell; the body's own end has to do.
+        self.done || self.finished.len() >= self.choices || self.parser.overflowed()
     }
 
     /// Whether a comment may be put before what comes next.
@@ -262,7 +268,17 @@ impl Frames {
 
     /// Output tokens of all frames that were given out.
     pub fn output(&mut self) -> u64 {
-        self.meter.total()
+        self.meter.total() + self.uncounted()
+    }
+
+    /// Whether a frame has been handed out in part: nothing may be put behind it without ending it first.
+    pub fn is_passing(&self) -> bool {
+        self.passing
+    }
+
+    /// Tokens that uncounted bytes stand for, as an estimate.
+    fn uncounted(&self) -> u64 {
+        self.uncounted_bytes / BYTES_PER_TOKEN
     }
 
     /// Tool calls so far.
@@ -272,7 +288,7 @@ impl Frames {
 
     /// A number that [`Frames::output`] does not exceed, for next to nothing.
     pub fn output_at_most(&self) -> u64 {
-        self.meter.at_most()
+        self.meter.at_most() + self.uncounted()
     }
 
     /// Whether the count is not exact.
@@ -383,6 +399,7 @@ impl Frames {
         data_at: Option<usize>,
     ) -> Place {
         let passing = std::mem::take(&mut self.passing);
+        self.uncounted_bytes = 0; // the meter has them now
         if remove && !passing {
             self.held.clear();
             self.held_bytes = 0;
@@ -422,6 +439,7 @@ impl Frames {
         }
         self.passing = true;
         self.lost |= self.parser.overflowed();
+        self.uncounted_bytes += self.held_bytes as u64;
         self.held_bytes = 0;
         let pieces = self.held.drain(..).collect();
         Some(Frame { place: Place::Pieces(pieces), content: true, finish: false, done: false, failed: false })

@@ -523,3 +523,20 @@ async fn a_body_with_two_lengths_is_refused() {
     assert_eq!(node.send(both.as_bytes()).await.read().await.status, 400);
     node.finish().await;
 }
+
+#[tokio::test]
+async fn a_frame_that_is_passed_on_in_parts_is_held_for_as_it_goes_and_its_error_stands_apart() {
+    // 500 KB in one frame that never ends: far more than the balance pays for.
+    let upstream = Upstream::start(|_, _| {
+        let open = text(&"word ".repeat(100_000));
+        let chunks = open.as_bytes()[..500_000].chunks(10_000).map(chunk).collect::<Vec<_>>();
+        [vec![stream_head()], chunks, vec![Act::AwaitClose]].concat()
+    })
+    .await;
+    let node = Setup::at(&upstream).balance_nano(100_000_000).start().await;
+    let reply = node.chat(&streaming("")).await;
+    assert!(reply.text().contains("\n\n: gpt-cat: no further money"), "what follows the part stands apart");
+    let line = &node.lines(1).await[0];
+    assert!(reply.body.len() < 300_000 && line.charged_nano > 50_000_000, "{} {line:?}", reply.body.len());
+    node.finish().await;
+}

@@ -376,7 +376,7 @@ impl OpenLine {
 
 impl Drop for OpenLine {
     fn drop(&mut self) {
-        let Some(mut inner) = self.inner.take() else { return };
+        let Some(inner) = self.inner.take() else { return };
         let cut_off = self.ledger.cut_off.load(Ordering::Acquire);
         let ended = Ended {
             reason: if cut_off { EndReason::Drained } else { EndReason::ClientGone },
@@ -391,13 +391,22 @@ impl Drop for OpenLine {
         };
         let ledger = self.ledger.clone();
         let counts = inner.content && inner.prompt.counted.is_none() && inner.prompt.is_long();
+        let settling = Settling(Some((inner, ledger, ended)));
         match tokio::runtime::Handle::try_current() {
             // A hand-over: a worker must not count a long prompt in a drop.
-            Ok(runtime) if counts => drop(runtime.spawn_blocking(move || {
-                inner.prompt.count_here();
-                inner.settle(&ledger, ended);
-            })),
-            _ => inner.settle(&ledger, ended),
+            Ok(runtime) if counts => drop(runtime.spawn_blocking(move || drop(settling))),
+            _ => drop(settling),
+        }
+    }
+}
+
+/// A call that settles when this is dropped: also when the runtime ends and drops the task that it was handed to.
+struct Settling(Option<(Box<Inner>, Arc<Ledger>, Ended)>);
+
+impl Drop for Settling {
+    fn drop(&mut self) {
+        if let Some((inner, ledger, ended)) = self.0.take() {
+            inner.settle(&ledger, ended);
         }
     }
 }

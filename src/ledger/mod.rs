@@ -384,6 +384,9 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
 /// Bounds what a dead boot's lines charge by what its leases still have: with a record lost, money that a call gave back
 /// may have been spent by another, and the rest of the charge is the operator's.
 async fn within_leases(store: &Store, boot: BootId, mut lines: Vec<Line>) -> Result<Vec<Line>, StoreError> {
+    // An earlier replay may have been cut off: what it stored has left the lease already.
+    let stored = store.stored(boot, lines.iter().map(|line| line.sequence).collect()).await?;
+    lines.retain(|line| !stored.contains(&line.sequence));
     let mut left: HashMap<i64, i64> = HashMap::new();
     for line in &mut lines {
         let left = match left.entry(line.user_id) {

@@ -250,11 +250,15 @@ impl Relay {
         }
         let first = frame.content && !self.content;
         // Exact after every frame: what a cut charges is the count before the frame that was not released.
-        self.output = frames.output();
-        if (first || frame.finish) && !line.mark(self.output) {
+        let output = frames.output();
+        if (first || frame.finish) && !line.mark(output) {
             return self.broken(frames, line, &JOURNAL_FULL);
         }
+        self.output = output;
         self.content |= frame.content;
+        if self.content {
+            line.handed_over(output, frames.is_estimated()); // whatever ends this call, it is billed for what went out
+        }
         match frame.place {
             Place::Span(span) => match &mut self.span {
                 Some(open) if open.end == span.start => open.end = span.end,
@@ -484,12 +488,12 @@ impl Drop for Relay {
                 if frames.is_drained()
                     && let Ok(runtime) = tokio::runtime::Handle::try_current()
                 {
-                    let stop = self.terms.stop.clone();
+                    let stop = std::mem::replace(&mut self.stop, Box::pin(self.terms.stop.clone().notified_owned()));
                     runtime.spawn(async move {
                         // A node that stops waits for no answer that nobody reads.
                         tokio::select! {
                             () = frames.drain() => {}
-                            () = stop.notified() => {}
+                            () = stop => {}
                         }
                         line.upstream_bills(frames.usage());
                     });

@@ -1,5 +1,7 @@
 //! Lines of finished calls: how they are stored, read, and added up.
 
+use std::collections::HashSet;
+
 use rusqlite::types::Type;
 use rusqlite::{CachedStatement, Row, ToSql, params};
 
@@ -18,6 +20,21 @@ impl Store {
             );
             let given = params![filter.user, filter.model, filter.since_ms, filter.limit];
             collect(connection, &sql, given, |row| Ok((row.get(LINE_FIELDS)?, line_row(row)?)))
+        })
+        .await
+    }
+
+    /// Which of these calls of a boot have a line already.
+    pub async fn stored(&self, boot: BootId, sequences: Vec<u64>) -> Result<HashSet<u64>, StoreError> {
+        self.job(move |connection| {
+            let mut find = connection.prepare_cached("SELECT 1 FROM lines WHERE boot = ?1 AND sequence = ?2")?;
+            let mut stored = HashSet::new();
+            for sequence in sequences {
+                if find.exists(params![boot, sequence as i64])? {
+                    stored.insert(sequence);
+                }
+            }
+            Ok(stored)
         })
         .await
     }

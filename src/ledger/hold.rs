@@ -288,9 +288,9 @@ impl OpenLine {
         inner.line.model_upstream = (model_upstream != inner.line.model).then(|| model_upstream.to_owned());
     }
 
-    /// Whether this much output is paid for by the hold.
-    pub fn covers(&self, output: u64) -> bool {
-        output <= self.inner().covered
+    /// Output tokens that the hold pays for.
+    pub fn covered(&self) -> u64 {
+        self.inner().covered
     }
 
     /// Writes MARK: what a crash has to charge, before anything beyond it is handed over. False: nothing may be.

@@ -144,7 +144,7 @@ impl Relay {
                         return self.keep_alive(cx, true);
                     }
                 },
-                Phase::Streaming(mut frames, line) => match frames.next_frame() {
+                Phase::Streaming(mut frames, line) => match self.next_frame(&mut frames, &line) {
                     Some(frame) => self.take(cx, frames, line, frame),
                     None => {
                         self.flush_span(&frames);
@@ -213,12 +213,19 @@ impl Relay {
         }
     }
 
+    fn next_frame(&self, frames: &mut Frames, line: &OpenLine) -> Option<Frame> {
+        frames.watch(line.covered());
+        frames.next_frame()
+    }
+
     /// Hands a frame on if its tokens are paid for, and if what a crash would charge is written down.
     fn take(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
-        if !line.covers(frames.output_at_most()) {
+        if frames.output_at_most() > line.covered() {
             let output = frames.output();
-            if !line.covers(output) && !line.take_slices(output) {
+            if output > line.covered() && !line.take_slices(output) {
                 self.flush_span(&frames);
+                // Until the money is there, this is all that was handed over.
+                self.output = frames.output_before();
                 let asking = Box::pin(line.slices_from_store(output));
                 self.phase = Phase::Asking(frames, line, asking, frame);
                 return;
@@ -238,7 +245,7 @@ impl Relay {
         let output = frames.output();
         match slices.map(|slices| line.add_slices(slices, output)) {
             Some(true) => self.release(cx, frames, line, frame),
-            Some(false) => self.broken(frames, line, &JOURNAL_FULL),
+            Some(false) => self.break_off(frames, line, EndReason::UpstreamError, &JOURNAL_FULL),
             None => self.cut(frames, line),
         }
     }
@@ -248,17 +255,16 @@ impl Relay {
             let error = frames.take_failure().unwrap_or(BROKEN_OFF);
             return self.broken(frames, line, &error);
         }
-        let first = frame.content && !self.content;
-        // Exact after every frame: what a cut charges is the count before the frame that was not released.
-        let output = frames.output();
-        if (first || frame.finish) && !line.mark(output) {
-            return self.broken(frames, line, &JOURNAL_FULL);
+        if frame.finish || (frame.content && !self.content) {
+            let output = frames.output();
+            if !line.mark(output) {
+                return self.break_off(frames, line, EndReason::UpstreamError, &JOURNAL_FULL);
+            }
+            self.output = output;
+            // Whatever ends this call, it is billed for no less than its MARK.
+            line.handed_over(output, frames.is_estimated());
         }
-        self.output = output;
         self.content |= frame.content;
-        if self.content {
-            line.handed_over(output, frames.is_estimated()); // whatever ends this call, it is billed for what went out
-        }
         match frame.place {
             Place::Span(span) => match &mut self.span {
                 Some(open) if open.end == span.start => open.end = span.end,
@@ -329,10 +335,12 @@ impl Relay {
     }
 
     /// The upstream failed after the head went out: one error event, then the connection breaks.
-    fn broken(&mut self, frames: Box<Frames>, line: OpenLine, error: &Error) {
+    fn broken(&mut self, mut frames: Box<Frames>, line: OpenLine, error: &Error) {
+        self.output = frames.output();
         self.break_off(frames, line, EndReason::UpstreamError, error);
     }
 
+    /// Ends with an error; `output` has been handed over.
     fn break_off(&mut self, frames: Box<Frames>, line: OpenLine, reason: EndReason, error: &Error) {
         self.flush_span(&frames);
         let ended = self.ended(&frames, reason);
@@ -434,7 +442,10 @@ impl Relay {
     /// Ends whatever is going on with an error.
     fn give_up(&mut self, reason: EndReason, error: &Error) {
         match std::mem::replace(&mut self.phase, Phase::Over) {
-            Phase::Streaming(frames, line) => self.break_off(frames, line, reason, error),
+            Phase::Streaming(mut frames, line) => {
+                self.output = frames.output();
+                self.break_off(frames, line, reason, error);
+            }
             // Its line ends with the drop of the opening.
             Phase::Opening(_) => {
                 self.error_event(error);

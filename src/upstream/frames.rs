@@ -107,6 +107,9 @@ pub struct Frames {
     choices: usize,
     done: bool,
     lost: bool,
+    /// Output tokens up to which no count is needed, and the count before the last frame where it may have gone beyond.
+    watch: u64,
+    before: u64,
     /// Released when the connection is idle again, or closed.
     permit: Option<Permit>,
 }
@@ -142,6 +145,8 @@ impl Frames {
             choices: choices as usize,
             done: false,
             lost: false,
+            watch: u64::MAX,
+            before: 0,
             permit: Some(permit),
         }
     }
@@ -271,6 +276,16 @@ impl Frames {
         self.meter.total() + self.uncounted()
     }
 
+    /// Says how many output tokens are paid for: from there on each frame is counted before it is read.
+    pub fn watch(&mut self, covered: u64) {
+        self.watch = covered;
+    }
+
+    /// Output tokens before the last frame, if that frame went beyond what is watched: what a cut there has handed over.
+    pub fn output_before(&self) -> u64 {
+        self.before
+    }
+
     /// Whether a frame has been handed out in part: nothing may be put behind it without ending it first.
     pub fn is_passing(&self) -> bool {
         self.passing
@@ -367,6 +382,11 @@ impl Frames {
             frame.done = true;
             self.done = true;
         } else if event.dispatched {
+            // A token has at least one byte of the data; only a frame that may go beyond is worth a count before it.
+            let uncounted = self.uncounted_bytes / BYTES_PER_TOKEN;
+            if self.meter.at_most() + uncounted + event.data.len() as u64 > self.watch {
+                self.before = self.meter.total() + uncounted;
+            }
             read = READER.with_borrow_mut(|reader| reader.read(event.data, &mut self.meter));
             frame.failed = named_error;
         }
@@ -439,6 +459,9 @@ impl Frames {
         }
         self.passing = true;
         self.lost |= self.parser.overflowed();
+        if self.output_at_most() + self.held_bytes as u64 > self.watch {
+            self.before = self.output();
+        }
         self.uncounted_bytes += self.held_bytes as u64;
         self.held_bytes = 0;
         let pieces = self.held.drain(..).collect();

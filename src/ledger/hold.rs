@@ -1,42 +1,32 @@
 //! One call's money, from its hold to its line.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use bytes::Bytes;
 
+use super::habit::Habit;
 use super::journal::{Mark, Open, Place};
 use super::lease::{CallCount, Purse, Taken};
+use super::prompt::PromptText;
 use super::{Ledger, Tokens, cost_nano, output_affordable};
 use crate::catalog::Model;
 use crate::config::LowBalance;
 use crate::error::Error;
-use crate::meter::{self, Prompt, Usage, Vocabulary};
+use crate::meter::Usage;
 use crate::request::Head;
 use crate::store::{Billed, EndReason, Line, now_ms};
 use crate::users::Key;
 
 /// Output tokens that a stream takes at a time once its first hold is used up.
 pub const SLICE_TOKENS: u64 = 256;
-/// A call without a bound of its own holds at least this much output.
-const OUTPUT_USUAL_MIN: u64 = 256;
 /// A clamped call starts only if it can say at least this much.
 const OUTPUT_CLAMPED_MIN: u64 = 16;
-/// A body up to this size lies in hyper's first read buffer, of 8 KiB.
-const BODY_COPIED_BYTES_MAX: usize = 8 << 10;
-/// CPU time that counting one prompt may take (design.md §6).
-const COUNT_BUDGET: Duration = Duration::from_millis(20);
-/// A longer prompt is counted on a blocking thread: at 20 MB/s this is below a millisecond.
-const COUNT_INLINE_BYTES_MAX: usize = 16 << 10;
 /// Usage is believed up to this far from the count: within half and double, give or take these tokens.
 const SANE_SLACK_TOKENS: u64 = 64;
 /// OpenAI frames a tool call with about 18 tokens that no text shows.
 const TOOL_CALL_SLACK_TOKENS: u64 = 24;
-/// What a template or a provider's own system prompt may add to a prompt's bound.
-const PROMPT_SLACK_TOKENS: u64 = 2048;
-/// Bytes of text a token stands for, where a prompt has to be estimated without its text.
-const BYTES_PER_TOKEN: u64 = 4;
 /// Ids that a client sends are kept up to this length, so that a record stays within its bound.
 const CLIENT_ID_BYTES_MAX: usize = 128;
 
@@ -112,16 +102,6 @@ struct Inner {
     upstream_bills: Option<Usage>,
 }
 
-#[derive(Debug)]
-struct PromptText {
-    body: Bytes,
-    vocabulary: Vocabulary,
-    bound: u64,
-    counted: Option<Prompt>,
-    /// Parts whose tokens cannot be told from the body.
-    opaque: bool,
-}
-
 /// Money for further output, on its way to its call; dropped, it goes back.
 #[derive(Debug)]
 pub struct Slices {
@@ -181,10 +161,10 @@ impl Ledger {
                 return Err(Error::QuotaExceeded);
             }
             prompt.count().await;
-            taken = self.cover(&purse, cost(prompt.tokens(), wanted)).await?;
+            taken = self.cover(&purse, cost(prompt.to_hold(), wanted)).await?;
         }
         if taken.is_none() {
-            let input = prompt.tokens();
+            let input = prompt.to_hold();
             let each = output_affordable(&model.price, input, purse.room(), group.ratio_micro) / n;
             let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen;
             if !clampable || each < OUTPUT_CLAMPED_MIN.min(wanted / n) {
@@ -494,8 +474,8 @@ impl Inner {
                 line.flagged |= ended.usage.is_some();
                 line.billed = Billed::Count;
                 self.prompt.count_here();
-                line.counted_input = Some(self.prompt.tokens());
-                (line.input, line.output) = (self.prompt.tokens(), ended.output);
+                line.counted_input = Some(self.prompt.to_bill());
+                (line.input, line.output) = (self.prompt.to_bill(), ended.output);
                 line.estimated |= self.prompt.counted.is_some_and(|counted| counted.estimated);
             }
         }
@@ -521,105 +501,6 @@ fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended, output_max: u64) -
         && usage.cached_input <= usage.input
         && usage.reasoning <= usage.output
         && (near(usage.output) || near(seen))
-}
-
-impl PromptText {
-    fn new(ask: &Ask<'_>, model: &Model) -> PromptText {
-        let shape = ask.head.prompt;
-        let bytes = meter::prompt_bound(shape.text_bytes, shape.messages.into(), shape.images.into(), &model.name);
-        PromptText {
-            body: kept(ask.body),
-            vocabulary: model.vocabulary,
-            bound: if shape.opaque { model.context } else { bytes.min(model.context) },
-            counted: None,
-            opaque: shape.opaque,
-        }
-    }
-
-    fn is_long(&self) -> bool {
-        self.counted.is_none() && self.body.len() > COUNT_INLINE_BYTES_MAX
-    }
-
-    /// What an upstream may claim at the most.
-    fn usage_bound(&self) -> u64 {
-        self.bound.saturating_add(PROMPT_SLACK_TOKENS)
-    }
-
-    async fn count(&mut self) {
-        if !self.is_long() {
-            return self.count_here();
-        }
-        let (body, vocabulary) = (self.body.clone(), self.vocabulary);
-        let counted = tokio::task::spawn_blocking(move || meter::count_prompt(&body, vocabulary, COUNT_BUDGET)).await;
-        self.counted = counted.ok();
-    }
-
-    fn count_here(&mut self) {
-        if self.counted.is_none() {
-            self.counted = Some(meter::count_prompt(&self.body, self.vocabulary, COUNT_BUDGET));
-        }
-    }
-
-    /// The count where there is one, else the bound.
-    fn tokens(&self) -> u64 {
-        match self.counted {
-            Some(counted) if self.opaque => counted.tokens.max(self.bound),
-            Some(counted) => counted.tokens.min(self.bound),
-            None => self.bound,
-        }
-    }
-
-    /// For a MARK: never more than the bound, and counting is not worth its time there.
-    fn best_guess(&self) -> u64 {
-        self.counted.map_or((self.bound / BYTES_PER_TOKEN).max(1), |counted| counted.tokens)
-    }
-}
-
-/// What a model usually answers, and whether its upstream was seen to bill what is not seen. Kept per node, in memory.
-#[derive(Debug, Default)]
-pub(super) struct Habit {
-    /// Calls by the bit length of their output.
-    lengths: [AtomicU64; Habit::LENGTHS],
-    pub bills_unseen: AtomicBool,
-}
-
-impl Habit {
-    const LENGTHS: usize = 32;
-    /// Calls that are remembered; at twice as many each count is halved, so that old habits fade.
-    const MEMORY: u64 = 512;
-
-    fn note(&self, output: u64) {
-        let length = (u64::BITS - output.leading_zeros()) as usize;
-        self.lengths[length.min(Self::LENGTHS - 1)].fetch_add(1, Ordering::Relaxed);
-        if self.calls() > 2 * Self::MEMORY {
-            for count in &self.lengths {
-                count.store(count.load(Ordering::Relaxed) / 2, Ordering::Relaxed);
-            }
-        }
-    }
-
-    fn calls(&self) -> u64 {
-        self.lengths.iter().map(|count| count.load(Ordering::Relaxed)).sum()
-    }
-
-    /// The 95th percentile of recent outputs, rounded up to a power of two, within [`OUTPUT_USUAL_MIN`] and `max_output`.
-    fn usual_output(&self, max_output: u64) -> u64 {
-        let rank = self.calls() * 95 / 100;
-        let mut seen = 0;
-        let length = self.lengths.iter().position(|count| {
-            seen += count.load(Ordering::Relaxed);
-            seen > rank
-        });
-        let usual = length.map_or(0, |length| 1u64 << length);
-        usual.max(OUTPUT_USUAL_MIN).min(max_output.max(1))
-    }
-}
-
-/// The body for as long as the call is open: a small one by itself, since it came in a read buffer that its connection
-/// would otherwise have to replace.
-#[expect(clippy::disallowed_methods, reason = "a slice would keep the connection's whole read buffer")]
-fn kept(body: &Bytes) -> Bytes {
-    if body.len() > BODY_COPIED_BYTES_MAX { body.clone() } else { Bytes::copy_from_slice(body) }
 }
 
 fn elapsed_ms(begun: Instant) -> u64 {

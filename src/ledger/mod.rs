@@ -3,10 +3,12 @@
 //! A call is admitted with [`Ledger::open`], which holds money and writes OPEN; the [`OpenLine`] that it returns is
 //! settled exactly once, by [`OpenLine::end`] or by its drop. The protocol is design.md §4b.
 
+mod habit;
 mod hold;
 mod journal;
 mod lease;
 mod money;
+mod prompt;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -43,7 +45,7 @@ pub struct Ledger {
     boot: BootId,
     sequence: AtomicU64,
     purses: RwLock<HashMap<i64, Arc<Purse>>>,
-    habits: RwLock<HashMap<String, Arc<hold::Habit>>>,
+    habits: RwLock<HashMap<String, Arc<habit::Habit>>>,
     on_low_balance: LowBalance,
     /// Lines that are open.
     open: AtomicU64,
@@ -207,7 +209,7 @@ impl Ledger {
         purses.entry(user_id).or_insert_with(|| Arc::new(Purse::new(user_id))).clone()
     }
 
-    fn habit(&self, model: &str) -> Arc<hold::Habit> {
+    fn habit(&self, model: &str) -> Arc<habit::Habit> {
         if let Some(habit) = self.habits.read().expect("no holder of this lock panics").get(model) {
             return habit.clone();
         }

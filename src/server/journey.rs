@@ -91,8 +91,7 @@ async fn forward(
     request_id: &str,
 ) -> Result<Response<Reply>, Error> {
     let line = gateway.ledger.open(ask_ledger(&call, parts, request_id)).await?;
-    let mut terms = terms(gateway, snapshot, &call, weight, request_id);
-    terms.breaks = parts.version < Version::HTTP_2;
+    let terms = terms(gateway, snapshot, parts, &call, weight, request_id);
     let (stream, head_within) = (call.head.stream, terms.keep_alive);
     let mut opening = Box::pin(ask_upstream(gateway.clone(), call, line));
     let opened = match stream {
@@ -154,7 +153,14 @@ fn ask_ledger<'a>(call: &'a Call, parts: &'a Parts, request_id: &str) -> Ask<'a>
     }
 }
 
-fn terms(gateway: &Gateway, snapshot: &Snapshot, call: &Call, weight: Weight, request_id: &str) -> Terms {
+fn terms(
+    gateway: &Gateway,
+    snapshot: &Snapshot,
+    parts: &Parts,
+    call: &Call,
+    weight: Weight,
+    request_id: &str,
+) -> Terms {
     Terms {
         request_id: request_id.to_owned(),
         model: call.model.name.clone(),
@@ -162,7 +168,7 @@ fn terms(gateway: &Gateway, snapshot: &Snapshot, call: &Call, weight: Weight, re
         silence_max: gateway.upstream.silence_max(),
         total_max: gateway.upstream.total_max(),
         begun: tokio::time::Instant::now(),
-        breaks: true,
+        breaks: parts.version < Version::HTTP_2,
         stop: gateway.stop.clone(),
         _weight: weight,
     }

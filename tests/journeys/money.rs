@@ -436,3 +436,16 @@ async fn an_answer_in_one_piece_without_content_costs_nothing() {
     assert_eq!(node.lines(1).await[0].charged_nano, 0);
     node.finish().await;
 }
+
+#[tokio::test]
+async fn a_prompt_that_cannot_be_sized_is_held_at_the_context_and_not_billed_at_it() {
+    let upstream = Upstream::start(|_, _| stream(&[text("A dog barks."), finish(), DONE.into()].concat())).await;
+    let node = Setup::at(&upstream).start().await;
+    let body = json!({ "model": "m", "stream": true, "messages": [{ "role": "user", "content": [
+        { "type": "text", "text": "What is this?" },
+        { "type": "input_audio", "input_audio": { "data": "AAAA", "format": "wav" } }] }] });
+    assert_eq!(node.chat(&body.to_string()).await.status, 200);
+    let line = &node.lines(1).await[0];
+    assert!(line.hold_nano >= 128_000 * INPUT_NANO && line.input < 100 && line.estimated, "{line:?}");
+    node.finish().await;
+}

@@ -22,7 +22,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::Notify;
 
 pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS, Slices};
-use journal::Journal;
+use journal::{Batch, Journal};
 use lease::{BROKE_MS, Purse, Taken};
 pub use money::{RATIO_ONE, Tokens, cost_nano, output_affordable};
 
@@ -101,7 +101,13 @@ impl Ledger {
         }
         let boot = random();
         store.begin_boot(boot).await?;
-        let journal = Journal::create(journals, boot, journal_bytes_max)?;
+        let journal = match Journal::create(journals, boot, journal_bytes_max) {
+            Ok(journal) => journal,
+            Err(error) => {
+                store.close_boot(boot).await?; // it never held anything
+                return Err(error.into());
+            }
+        };
         let ledger = Arc::new(Ledger {
             store,
             journal,
@@ -152,6 +158,7 @@ impl Ledger {
         while !self.journal.is_shipped() {
             self.ship().await?;
         }
+        let settled = settled && !self.journal.is_damaged();
         if settled {
             self.store.close_boot(self.boot).await?;
         } else {
@@ -317,26 +324,45 @@ impl Ledger {
     async fn ship(&self) -> Result<(), StoreError> {
         let _one_at_a_time = self.shipping.lock().await;
         loop {
-            let (from, to, lines) =
-                self.journal.unshipped(SHIP_LINES).map_err(|error| StoreError::Database(error.to_string()))?;
-            if lines.is_empty() {
+            let unreadable = |error: std::io::Error| StoreError::Database(format!("the journal: {error}"));
+            let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
+            if to == from {
                 return Ok(());
             }
             match self.store.ship(self.boot, from, to, lines).await {
-                Ok(()) => self.journal.shipped(to),
-                // An earlier commit went through although nobody heard of it: the watermark knows how far.
-                Err(StoreError::Moved) => match self.store.boot(self.boot).await? {
-                    Some(boot) if boot.shipped > from => self.journal.shipped(boot.shipped),
-                    _ => return Err(StoreError::Moved),
-                },
+                Ok(()) => self.journal.shipped(from, to),
+                Err(StoreError::Moved) => {
+                    let boot = self.store.boot(self.boot).await?.ok_or(StoreError::BootGone)?;
+                    if boot.shipped > from {
+                        // An earlier commit went through although nobody heard of it: the watermark knows how far.
+                        self.journal.shipped(boot.shipped, boot.shipped);
+                    } else {
+                        self.rewind(boot.shipped).await?;
+                    }
+                }
                 Err(error) => return Err(error),
             }
         }
     }
 
+    async fn rewind(&self, watermark: u64) -> Result<(), StoreError> {
+        let journal = self.journal.clone();
+        let rewound = tokio::task::spawn_blocking(move || journal.rewind(watermark)).await;
+        rewound
+            .map_err(|error| StoreError::Database(error.to_string()))?
+            .map_err(|error| StoreError::Database(error.to_string()))
+    }
+
     async fn beat(&self) {
+        let known = self.journal.watermark();
         match self.store.heartbeat(self.boot).await {
-            Ok(()) => {}
+            Ok(shipped) if shipped < known => {
+                let _nobody_ships = self.shipping.lock().await;
+                if let Err(error) = self.rewind(shipped).await {
+                    tracing::error!(%error, "lines could not be read again");
+                }
+            }
+            Ok(shipped) => self.journal.confirmed(shipped),
             Err(StoreError::BootGone) => self.fence(),
             Err(error) => tracing::warn!(%error, "heartbeat failed"),
         }

@@ -31,6 +31,8 @@ struct State {
     waiting: VecDeque<Waiter>,
     /// Where the next choice among equals begins.
     turn: usize,
+    /// When the first account that rests has rested: before it nobody in line can be served for that reason.
+    next_rested: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -97,7 +99,7 @@ impl Pool {
             }
         }
         state.slots.retain(|slot| !slot.removed || slot.in_flight > 0);
-        self.serve_waiting(state);
+        self.serve_waiting(state, true);
     }
 
     /// Until when a call that comes now may wait for its accounts.
@@ -151,7 +153,7 @@ impl Pool {
                     // A permit may have been lent in this very moment: then it goes to the next in line by its drop.
                     return Err(Error::QueueTimeout { retry_after_s: 1 });
                 }
-                _ = rested.tick() => self.serve_waiting(self.lock()),
+                _ = rested.tick() => self.serve_rested(),
             }
         }
     }
@@ -163,6 +165,7 @@ impl Pool {
         if let Some(slot) = state.slots.iter_mut().find(|slot| slot.account.is(account)) {
             slot.resting_until = slot.resting_until.max(Some(until));
         }
+        state.next_rested = state.first_rested();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -184,18 +187,38 @@ impl Pool {
         Some(Permit { account: slot.account.clone(), offer, pool: self.clone() })
     }
 
-    /// Lends to whoever can be served, in the order of their coming.
-    fn serve_waiting(self: &Arc<Pool>, mut state: MutexGuard<'_, State>) {
+    /// Lends to whoever waits for an account that has rested by now. Everybody in line asks, so it walks the line only
+    /// when there is one.
+    fn serve_rested(self: &Arc<Pool>) {
+        let mut state = self.lock();
+        if state.next_rested.is_some_and(|rested| rested <= Instant::now()) {
+            state.next_rested = state.first_rested();
+            self.serve_waiting(state, false);
+        }
+    }
+
+    /// Lends to whoever can be served, in the order of their coming. With `replaced` accounts whoever none can serve any
+    /// more is told so.
+    fn serve_waiting(self: &Arc<Pool>, mut state: MutexGuard<'_, State>, replaced: bool) {
         let mut lent = Vec::new();
         let mut waiting = std::mem::take(&mut state.waiting);
         waiting.retain(|waiter| !waiter.lend.is_closed());
         let mut still = VecDeque::with_capacity(waiting.len());
+        let now = Instant::now();
+        let mut free = state.slots.iter().filter(|slot| !slot.removed && slot.is_free(now)).count();
         for waiter in waiting {
+            if free == 0 && !replaced {
+                still.push_back(waiter);
+                continue;
+            }
             if !state.slots.iter().any(|slot| !slot.removed && slot.may_serve(&waiter.model, &waiter.tried)) {
                 continue; // its last account was disabled: dropping the sender tells it
             }
             match self.lend(&mut state, &waiter.model, &waiter.tried) {
-                Some(permit) => lent.push((waiter.lend, permit)),
+                Some(permit) => {
+                    lent.push((waiter.lend, permit));
+                    free = state.slots.iter().filter(|slot| !slot.removed && slot.is_free(now)).count();
+                }
                 None => still.push_back(waiter),
             }
         }
@@ -215,7 +238,7 @@ impl Pool {
             state.slots.remove(index);
         }
         if !state.waiting.is_empty() {
-            self.serve_waiting(state);
+            self.serve_waiting(state, false);
         }
     }
 }
@@ -226,6 +249,11 @@ const RESTED_EVERY: Duration = Duration::from_millis(250);
 const REST_MAX: Duration = Duration::from_secs(24 * 3600);
 
 impl State {
+    fn first_rested(&self) -> Option<Instant> {
+        let now = Instant::now();
+        self.slots.iter().filter_map(|slot| slot.resting_until).filter(|until| *until > now).min()
+    }
+
     /// Seconds until the first of the accounts that may serve has rested, if all of them rest beyond `deadline`.
     fn resting_past(&self, model: &Model, tried: &[Arc<Account>], deadline: Instant) -> Option<u64> {
         let serving = self.slots.iter().filter(|slot| slot.may_serve(model, tried));
@@ -313,6 +341,22 @@ mod tests {
         pool.rest(&account(1, 0, 5), Duration::from_secs(600));
         let error = pool.permit(&model(), 1, &[], soon()).await.unwrap_err();
         assert!(matches!(error, Error::UpstreamBusy { retry_after_s: 598..=600 }), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_served_when_an_account_has_rested() {
+        let pool = pool(vec![account(1, 0, 1)]);
+        let held = pool.permit(&model(), 1, &[], soon()).await.unwrap();
+        let waits = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.permit(&model(), 2, &[], soon()).await.map(|_| ()) }
+        });
+        tokio::task::yield_now().await;
+        pool.rest(&account(1, 0, 1), Duration::from_millis(300));
+        drop(held);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!waits.is_finished());
+        assert_eq!(tokio::time::timeout(Duration::from_secs(5), waits).await.unwrap().unwrap(), Ok(()));
     }
 
     #[tokio::test]

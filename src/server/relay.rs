@@ -306,12 +306,12 @@ impl Relay {
 
     /// The upstream's body ended: well, if the answer is whole.
     fn upstream_ended(&mut self, mut frames: Box<Frames>, line: OpenLine) {
-        let tail = frames.tail();
+        if frames.take_tail() {
+            self.phase = Phase::Streaming(frames, line);
+            return;
+        }
         if !frames.is_complete() {
             return self.broken(frames, line, &BROKEN_OFF);
-        }
-        if let Some(Frame { place: Place::Pieces(pieces), .. }) = tail {
-            self.out.extend(pieces);
         }
         self.prepare(frames, line, EndReason::Complete);
     }

@@ -97,6 +97,8 @@ pub struct Frames {
     held_bytes: usize,
     /// The beginning of the present frame has been passed on already.
     passing: bool,
+    /// The chunk at hand is the end of the last event and came from here.
+    tail: bool,
     /// Bytes that were passed on and not counted: of the present frame, or since the parser gave up.
     uncounted_bytes: u64,
     /// Frames that were read before the client's head went out.
@@ -137,6 +139,7 @@ impl Frames {
             held: SmallVec::new(),
             held_bytes: 0,
             passing: false,
+            tail: false,
             uncounted_bytes: 0,
             preamble: VecDeque::new(),
             usage: None,
@@ -221,33 +224,22 @@ impl Frames {
             match std::future::poll_fn(|cx| self.poll_chunk(cx)).await {
                 Some(Ok(())) => {}
                 Some(Err(_)) => return Err(Refusal::Broken),
+                None if self.take_tail() => {}
                 None => return Err(Refusal::Empty),
             }
         }
     }
 
-    /// What an unterminated last event leaves: its bytes, and whether it was the end of the stream.
-    pub fn tail(&mut self) -> Option<Frame> {
-        let mut frame = Frame { place: Place::Removed, content: false, finish: false, done: false, failed: false };
-        if let Some(event) = self.parser.finish() {
-            let done = event.data == DONE;
-            let read = READER.with_borrow_mut(|reader| reader.read(event.data, &mut self.meter));
-            frame.done = done;
-            self.done |= done;
-            if let Some(chunk) = read {
-                frame.content = chunk.content;
-                frame.finish = !chunk.finished.is_empty();
-                frame.failed = chunk.error;
-                self.note(&chunk);
-            }
+    /// Reads what an unterminated last event left, once [`Frames::poll_chunk`] has given the end: true if there is such a
+    /// one, which [`Frames::next_frame`] gives then. It is given only if the answer is whole with it.
+    pub fn take_tail(&mut self) -> bool {
+        if self.tail || self.done || self.parser.at_boundary() || self.parser.overflowed() {
+            return false;
         }
-        let pieces: SmallVec<[Bytes; 4]> = self.held.drain(..).collect();
-        self.held_bytes = 0;
-        if pieces.is_empty() {
-            return None;
-        }
-        frame.place = Place::Pieces(pieces);
-        Some(frame)
+        self.tail = true;
+        self.chunk = Bytes::from_static(b"\n\n"); // the blank line that it lacks
+        (self.read, self.given) = (0, 0);
+        true
     }
 
     /// Whether the answer is whole: the dialect's terminator, or an end for every choice.
@@ -407,6 +399,10 @@ impl Frames {
         let span = self.given..at;
         self.given = at;
         frame.place = self.place(span, remove, model, data_at);
+        if self.tail && !frame.failed && !self.is_complete() {
+            // Half of an event: nobody could read it.
+            return Some(Frame { place: Place::Removed, content: false, finish: false, done: false, failed: false });
+        }
         Some(frame)
     }
 
@@ -437,7 +433,9 @@ impl Frames {
         }
         self.held_bytes = 0;
         let mut pieces: SmallVec<[Bytes; 4]> = self.held.drain(..).collect();
-        pieces.push(self.chunk.slice(span));
+        if !self.tail || edit.is_some() {
+            pieces.push(self.chunk.slice(span));
+        }
         match edit {
             None => Place::Pieces(pieces),
             // Cut in two and to be edited: the one place where a frame is copied.

@@ -384,6 +384,20 @@ async fn a_solvent_user_is_never_refused_because_calls_raced_for_a_grant() {
 }
 
 #[tokio::test]
+async fn a_last_event_without_its_blank_line_is_not_handed_over_beyond_the_money() {
+    let last = text(&" more".repeat(50_000)).replace(r#""finish_reason":null"#, r#""finish_reason":"stop""#);
+    assert!(last.contains(r#""stop""#));
+    let events = text("Hello") + last.trim_end();
+    let upstream = Upstream::start(move |_, _| stream(&events)).await;
+    let node = Setup::at(&upstream).balance_nano(2_000 * OUTPUT_NANO).start().await;
+    let reply = node.chat(&streaming("")).await;
+    assert!(!reply.text().contains("more"), "its 50,000 tokens are not paid for");
+    let line = &node.lines(1).await[0];
+    assert_eq!((line.end_reason.name(), line.output), ("length", 1));
+    node.finish().await;
+}
+
+#[tokio::test]
 async fn a_cut_charges_every_word_that_was_handed_over_however_large_the_frames() {
     let events: Vec<Act> = (0..20).map(|_| chunk(text(&" word".repeat(190)))).collect();
     let upstream =

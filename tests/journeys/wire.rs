@@ -38,6 +38,53 @@ async fn the_usage_chunk_is_asked_for_and_taken_out_for_a_client_that_did_not() 
     }
 }
 
+/// Streams `events` and nothing behind them, cut in pieces of `size`.
+async fn streamed_in(size: usize, events: String) -> Upstream {
+    Upstream::start(move |_, _| {
+        let chunks = events.as_bytes().chunks(size).map(chunk);
+        [stream_head()].into_iter().chain(chunks).chain([stream_end()]).collect()
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_last_event_without_its_blank_line_is_read_like_any_other() {
+    let unended = |events: String| events.trim_end().to_owned();
+    let mapped = |text: &str| text.replace(r#""model":"m""#, r#""model":"mapped""#);
+    for size in [1, 60, 10_000] {
+        // A usage that nobody asked for is billed and taken out.
+        let upstream = streamed_in(size, unended([text("Hello"), finish(), usage(3, 1)].concat())).await;
+        let node = Setup::at(&upstream).start().await;
+        assert_eq!(node.chat(&streaming("")).await.text(), [text("Hello"), finish()].concat());
+        assert_eq!(node.lines(1).await[0].billed.name(), "usage");
+        node.finish().await;
+
+        // The model's name comes back under its own.
+        let theirs = [text("Hello"), finish()].concat().replace(r#""model":"m""#, r#""model":"theirs""#);
+        let upstream = streamed_in(size, unended(theirs)).await;
+        let node = Setup::at(&upstream).start().await;
+        let streamed = node.chat(&mapped(&streaming(""))).await.text();
+        assert_eq!(streamed.trim_end(), unended(mapped(&[text("Hello"), finish()].concat())), "cut in {size}");
+        node.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn half_of_a_last_event_is_not_handed_over() {
+    for size in [1, 60, 10_000] {
+        let half = text("never").trim_end().trim_end_matches('}').to_owned();
+        let upstream = streamed_in(size, text("Hello") + &half).await;
+        let node = Setup::at(&upstream).start().await;
+        let reply = node.chat(&streaming("")).await;
+        let (answer, error) = reply.text().split_once("\n\n").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+        assert_eq!(answer, text("Hello").trim_end());
+        assert!(error.starts_with(r#"data: {"error":{"#), "{error}");
+        assert!(!error.contains("never"));
+        assert_eq!(node.lines(1).await[0].end_reason.name(), "upstream_error");
+        node.finish().await;
+    }
+}
+
 #[tokio::test]
 async fn a_mapped_model_goes_up_under_its_other_name_and_comes_back_under_its_own() {
     for size in [1, 60, 10_000] {

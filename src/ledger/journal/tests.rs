@@ -1,6 +1,9 @@
 //! Order, marks, damage, a full disk.
 
+use super::record::{HEAD_BYTES, MAGIC};
+use super::replay::Left;
 use super::*;
+use crate::store::{Billed, EndReason, PriceRow};
 
 fn line(sequence: u64) -> Line {
     Line {
@@ -52,9 +55,165 @@ fn open(journal: &Journal, sequence: u64) -> Result<Place, JournalFull> {
 fn dead(root: &Path, write: impl FnOnce(&Journal)) -> Dead {
     let journal = Journal::create(root, [7; 16], 1 << 30).unwrap();
     write(&journal);
-    let folder = journal.folder.clone();
-    // The lock goes with the process; here the file stands in for it.
-    Dead { boot: [7; 16], folder, _lock: File::open(root).unwrap() }
+    Dead::unlocked([7; 16], journal.folder.clone())
+}
+
+/// Opens and ends a call, or more of them until a further segment is written to.
+fn roll(journal: &Journal, sequences: &mut impl Iterator<Item = u64>) -> u64 {
+    let number = journal.lock().current().number;
+    let mut count = 0;
+    while journal.lock().current().number == number {
+        let sequence = sequences.next().unwrap();
+        journal.end(open(journal, sequence).unwrap(), line(sequence));
+        count += 1;
+    }
+    count
+}
+
+fn ship_all(journal: &Journal) {
+    while let Batch { from, to, lines } = journal.unshipped(10_000).unwrap()
+        && !lines.is_empty()
+    {
+        journal.shipped(from, to);
+    }
+    journal.confirmed(journal.watermark());
+}
+
+#[test]
+fn a_stream_that_stays_open_does_not_keep_the_journal_and_is_settled_by_its_last_mark_all_the_same() {
+    let root = tempfile::tempdir().unwrap();
+    let dead = dead(root.path(), |journal| {
+        let mut sequences = 10..;
+        let mut long = open(journal, 1).unwrap();
+        let silent = open(journal, 2).unwrap();
+        let short = open(journal, 3).unwrap();
+        journal.mark(&mut long, 1, &Mark { input: 3, output: 5, hold_nano: 100, account_id: Some(4) });
+        roll(journal, &mut sequences);
+        journal.mark(&mut long, 1, &Mark { input: 3, output: 70, hold_nano: 100, account_id: Some(4) });
+        ship_all(journal);
+        journal.tidy(KEPT);
+        assert_eq!(journal.lock().segments.len(), 2, "an hour has not passed");
+        journal.tidy(Duration::ZERO);
+        assert_eq!(journal.lock().segments[0].number, 1, "the first segment has gone");
+        assert_eq!(journal.lock().segments[0].open, 3);
+        journal.end(short, line(3));
+        roll(journal, &mut sequences);
+        journal.mark(&mut long, 1, &Mark { input: 3, output: 80, hold_nano: 100, account_id: Some(4) });
+        ship_all(journal);
+        journal.tidy(Duration::ZERO);
+        assert_eq!(journal.lock().segments.len(), 1);
+        journal.end(silent, line(2));
+    });
+    let left = read(&dead);
+    assert_eq!(left.crashed.iter().map(|line| (line.sequence, line.output)).collect::<Vec<_>>(), [(1, 80)]);
+    assert!(left.ended.iter().any(|(_, line)| line.sequence == 2));
+    assert!(left.corrupt.is_empty());
+}
+
+#[test]
+fn a_copied_open_call_that_a_replay_meets_twice_keeps_its_last_mark() {
+    let root = tempfile::tempdir().unwrap();
+    let dead = dead(root.path(), |journal| {
+        let mut place = open(journal, 1).unwrap();
+        journal.mark(&mut place, 1, &Mark { input: 3, output: 5, hold_nano: 100, account_id: None });
+        assert!(journal.move_calls(0), "within one segment: both copies stay");
+    });
+    assert_eq!(read(&dead).crashed[0].output, 5);
+}
+
+#[test]
+fn a_crowded_journal_keeps_no_segment_for_an_hour() {
+    let root = tempfile::tempdir().unwrap();
+    let journal = Journal::create(root.path(), [7; 16], 4 * SEGMENT_BYTES).unwrap();
+    let mut sequences = 1..;
+    for _ in 0..6 {
+        roll(&journal, &mut sequences);
+        ship_all(&journal);
+        journal.tidy(KEPT);
+        assert!(journal.lock().segments.len() <= 3);
+    }
+}
+
+#[test]
+fn lines_are_sent_again_when_the_database_has_gone_back() {
+    let root = tempfile::tempdir().unwrap();
+    let journal = Journal::create(root.path(), [7; 16], 1 << 30).unwrap();
+    let mut sequences = 1..;
+    let count = roll(&journal, &mut sequences);
+    ship_all(&journal);
+    let late = sequences.next().unwrap();
+    journal.end(open(&journal, late).unwrap(), line(late));
+    journal.rewind(count - 2).unwrap();
+    let batch = journal.unshipped(9).unwrap();
+    assert_eq!(batch, Batch { from: count - 2, to: late, lines: vec![line(count - 1), line(count), line(late)] });
+    journal.confirmed(count - 2);
+    assert!(journal.lock().segments[0].passed.is_none(), "what is sent again is not given up");
+}
+
+#[test]
+fn a_line_that_does_not_read_back_is_left_to_the_replay_and_the_others_are_shipped() {
+    let root = tempfile::tempdir().unwrap();
+    let journal = Journal::create(root.path(), [7; 16], 1 << 30).unwrap();
+    for sequence in 1..=3 {
+        journal.end(open(&journal, sequence).unwrap(), line(sequence));
+    }
+    let at = match &journal.lock().unshipped[1].line {
+        Kept::At(at) => at.clone(),
+        Kept::Held(_) => panic!("it was written"),
+    };
+    at.file.write_all_at(b"damage", at.offset + 20).unwrap();
+    assert_eq!(journal.unshipped(9).unwrap(), Batch { from: 0, to: 3, lines: vec![line(1), line(3)] });
+    assert!(journal.is_damaged() && journal.is_failed());
+    let dead = Dead::unlocked([7; 16], journal.folder.clone());
+    assert_eq!(read(&dead).crashed.iter().map(|line| line.sequence).collect::<Vec<_>>(), [2]);
+}
+
+#[test]
+fn lost_syncs_cost_what_was_written_since_the_last_one_and_nothing_before_it() {
+    use std::collections::BTreeSet;
+    for seed in 0..40u64 {
+        let root = tempfile::tempdir().unwrap();
+        let mut durable = BTreeSet::new();
+        let mut written = BTreeSet::new();
+        let mut synced = 0;
+        let dead = dead(root.path(), |journal| {
+            journal.close(false); // the thread syncs no more: here it is done by hand
+            std::thread::sleep(Duration::from_millis(1));
+            for sequence in 1..=60 {
+                let mut place = open(journal, sequence).unwrap();
+                journal.mark(&mut place, sequence, &Mark { output: sequence, hold_nano: 100, ..Mark::default() });
+                journal.end(place, line(sequence));
+                written.insert(sequence);
+                if (sequence * 7 + seed) % 11 == 0 {
+                    journal.sync();
+                    durable = written.clone();
+                    synced = journal.lock().segments[0].synced;
+                }
+            }
+        });
+        // Power goes: of what was not synced any 64 bytes may be there or not.
+        let path = dead.folder.join("00000000.journal");
+        let mut bytes = fs::read(&path).unwrap();
+        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        for at in (synced as usize..bytes.len().min(60 * 2048)).step_by(64) {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            if random % 3 == 0 {
+                let end = (at + 64).min(bytes.len());
+                bytes[at..end].fill(0);
+            }
+        }
+        fs::write(&path, &bytes).unwrap();
+        let left = read(&dead);
+        let found: BTreeSet<u64> = left.ended.iter().map(|(_, line)| line.sequence).collect();
+        assert!(found.is_superset(&durable), "seed {seed}: {durable:?} {found:?}");
+        assert!(found.is_subset(&written));
+        for (ordinal, found) in &left.ended {
+            assert_eq!((*ordinal, found), (found.sequence, &line(found.sequence)));
+        }
+        assert!(left.crashed.iter().all(|line| !found.contains(&line.sequence)), "no call ends twice");
+    }
 }
 
 fn read(dead: &Dead) -> Left {
@@ -70,12 +229,12 @@ fn lines_are_shipped_in_order_and_stay_until_they_are_stored() {
         journal.end(place, line(sequence));
     }
     for _ in 0..2 {
-        let (from, to, lines) = journal.unshipped(2).unwrap();
-        assert_eq!((from, to, lines), (0, 2, vec![line(2), line(1)]));
+        let batch = journal.unshipped(2).unwrap();
+        assert_eq!(batch, Batch { from: 0, to: 2, lines: vec![line(2), line(1)] });
     }
-    journal.shipped(2);
-    assert_eq!(journal.unshipped(9).unwrap(), (2, 3, vec![line(3)]));
-    journal.shipped(3);
+    journal.shipped(0, 2);
+    assert_eq!(journal.unshipped(9).unwrap(), Batch { from: 2, to: 3, lines: vec![line(3)] });
+    journal.shipped(2, 3);
     assert!(journal.is_shipped());
 }
 
@@ -147,14 +306,15 @@ fn a_full_journal_refuses_new_calls_and_takes_every_end_of_those_that_are_open()
     }
     assert!(!journal.is_failed());
     let mut shipped = 0;
-    while let (_, to, lines) = journal.unshipped(1000).unwrap()
+    while let Batch { from, to, lines } = journal.unshipped(1000).unwrap()
         && !lines.is_empty()
     {
         shipped += lines.len();
-        journal.shipped(to);
+        journal.shipped(from, to);
     }
     assert_eq!(shipped, count);
-    // What was shipped makes room again.
+    // What was shipped makes room again, once a later transaction has seen it.
+    journal.confirmed(shipped as u64);
     assert!(open(&journal, 1).is_ok());
 }
 
@@ -179,7 +339,7 @@ fn a_line_that_cannot_be_written_is_kept_and_shipped_from_memory() {
     journal.end(place, line(1));
     assert!(journal.is_failed());
     assert!(open(&journal, 2).is_err());
-    assert_eq!(journal.unshipped(9).unwrap(), (0, 1, vec![line(1)]));
+    assert_eq!(journal.unshipped(9).unwrap(), Batch { from: 0, to: 1, lines: vec![line(1)] });
 }
 
 #[test]

@@ -16,11 +16,12 @@ impl Store {
         .await
     }
 
-    /// Says that the boot lives; `BootGone` when it no longer does.
-    pub async fn heartbeat(&self, boot: BootId) -> Result<(), StoreError> {
+    /// Says that the boot lives and returns its watermark; `BootGone` when it no longer does.
+    pub async fn heartbeat(&self, boot: BootId) -> Result<u64, StoreError> {
         self.write(move |tx| {
-            let sql = "UPDATE boots SET seen_ms = ?2 WHERE id = ?1 AND state = 'live'";
-            if tx.execute(sql, params![boot, now_ms()])? == 0 { Err(StoreError::BootGone) } else { Ok(()) }
+            let sql = "UPDATE boots SET seen_ms = ?2 WHERE id = ?1 AND state = 'live' RETURNING shipped";
+            let shipped: Option<i64> = tx.query_row(sql, params![boot, now_ms()], |row| row.get(0)).optional()?;
+            shipped.map(|shipped| shipped as u64).ok_or(StoreError::BootGone)
         })
         .await
     }

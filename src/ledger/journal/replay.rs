@@ -1,0 +1,145 @@
+//! What a dead boot left behind, read from its journal.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+
+use super::record::{End, Found, Kind, MAGIC, Mark, Open, decode};
+use crate::store::{BootId, Line};
+
+/// Takes the lock of a boot's folder; `None` when its process lives.
+pub(super) fn lock_folder(folder: &Path) -> io::Result<Option<File>> {
+    let lock = OpenOptions::new().write(true).create(true).truncate(false).open(folder.join("lock"))?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(lock)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What a dead boot left behind.
+#[derive(Debug, Default)]
+pub struct Left {
+    /// Every END that is still here, in order, with its ordinal.
+    pub ended: Vec<(u64, Line)>,
+    /// A line for every OPEN without an END.
+    pub crashed: Vec<Line>,
+    /// Records that do not read: file and offset.
+    pub corrupt: Vec<(PathBuf, u64)>,
+}
+
+/// A dead boot's folder, locked against other readers.
+#[derive(Debug)]
+pub struct Dead {
+    pub boot: BootId,
+    pub folder: PathBuf,
+    _lock: File,
+}
+
+/// The journals under `root` whose process is gone.
+pub fn dead_boots(root: &Path) -> io::Result<Vec<Dead>> {
+    let mut dead = Vec::new();
+    for entry in fs::read_dir(root)? {
+        let folder = entry?.path();
+        let Some(boot) = folder.file_name().and_then(|name| name.to_str()).and_then(boot_of) else { continue };
+        if let Some(lock) = lock_folder(&folder)? {
+            dead.push(Dead { boot, folder, _lock: lock });
+        }
+    }
+    Ok(dead)
+}
+
+fn boot_of(name: &str) -> Option<BootId> {
+    (name.len() == 32).then(|| u128::from_str_radix(name, 16).ok()).flatten().map(u128::to_be_bytes)
+}
+
+impl Dead {
+    /// A folder as a replay finds it when its process is gone: here the folder itself stands in for the lock.
+    #[cfg(test)]
+    pub fn unlocked(boot: BootId, folder: PathBuf) -> Dead {
+        let _lock = File::open(&folder).expect("the folder is there");
+        Dead { boot, folder, _lock }
+    }
+
+    /// Reads all records; a torn tail is cut off, anything else that does not read is skipped and reported.
+    ///
+    /// `settle` makes the line of a call that was open, from its OPEN and its last MARK.
+    pub fn read(&self, settle: impl Fn(Open, Option<Mark>) -> Line) -> io::Result<Left> {
+        let mut left = Left::default();
+        let mut open = BTreeMap::<u64, (Open, Option<Mark>)>::new();
+        let mut ended = HashSet::new();
+        let mut paths: Vec<PathBuf> = fs::read_dir(&self.folder)?
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect::<io::Result<Vec<_>>>()?
+            .into_iter()
+            .filter(|path| path.extension().is_some_and(|extension| extension == "journal"))
+            .collect();
+        paths.sort();
+        for path in paths {
+            let bytes = fs::read(&path)?;
+            scan(&bytes, |found| match found {
+                Ok(Found { kind, sequence, payload, .. }) if kind == Kind::Open as u8 => {
+                    if let Ok(record) = postcard::from_bytes::<Open>(payload)
+                        && !ended.contains(&sequence)
+                    {
+                        // A copy of an OPEN, from an older segment, changes nothing: what was marked since counts.
+                        open.entry(sequence).or_insert((record, None));
+                    }
+                }
+                Ok(Found { kind, sequence, payload, .. }) if kind == Kind::Mark as u8 => {
+                    if let (Ok(mark), Some(call)) = (postcard::from_bytes::<Mark>(payload), open.get_mut(&sequence)) {
+                        call.1 = Some(mark);
+                    }
+                }
+                Ok(Found { sequence, payload, .. }) => {
+                    // The first END of an id counts. One that another version wrote leaves its call open: settled by MARK.
+                    if let Ok(end) = postcard::from_bytes::<End>(payload) {
+                        open.remove(&sequence);
+                        if ended.insert(sequence) {
+                            left.ended.push((end.ordinal, end.line));
+                        }
+                    } else {
+                        tracing::error!(sequence, "journal: an END does not read");
+                    }
+                }
+                Err(offset) => left.corrupt.push((path.clone(), offset)),
+            });
+        }
+        left.crashed.extend(open.into_values().map(|(open, mark)| settle(open, mark)));
+        Ok(left)
+    }
+
+    /// Removes the folder, once everything in it is stored.
+    pub fn remove(self) -> io::Result<()> {
+        fs::remove_dir_all(&self.folder)
+    }
+}
+
+/// Gives every record of a segment, and the offset of each stretch that is none.
+pub(super) fn scan<'a>(bytes: &'a [u8], mut found: impl FnMut(Result<Found<'a>, u64>)) {
+    let mut at = 0;
+    let mut damaged_at = None;
+    while at < bytes.len() {
+        if let Some(record) = decode(&bytes[at..], at as u64) {
+            if let Some(offset) = damaged_at.take() {
+                found(Err(offset));
+            }
+            at += record.length;
+            found(Ok(record));
+            continue;
+        }
+        if damaged_at.is_none() {
+            if bytes[at..].iter().all(|byte| *byte == 0) {
+                return; // allocated, never written
+            }
+            damaged_at = Some(at as u64);
+        }
+        at += 1;
+        // Straight to the next place that could begin a record.
+        at += memchr::memmem::find(&bytes[at..], &MAGIC.to_le_bytes()).unwrap_or(bytes.len() - at);
+    }
+    // Damage with no record behind it is the torn tail of the last write: cut off, since nothing was acted on it.
+}

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use gpt_cat::admin::cli::{Cli, Command, ConfigCommand, Desk};
-use gpt_cat::config::{Config, DatabaseUrl, LogFormat};
+use gpt_cat::config::{Config, LogFormat};
 use gpt_cat::server::{Doors, Server};
 use gpt_cat::store::{MasterKey, Store};
 use gpt_cat::{admin, ledger, telemetry, upstream};
@@ -36,9 +36,6 @@ fn run(cli: Cli) -> Result<bool, Failure> {
     for warning in &config.warnings {
         eprintln!("gpt-cat: warning: {warning}");
     }
-    let DatabaseUrl::Sqlite(path) = &config.database_url else {
-        return Err("database_url: this version keeps its books in SQLite; use sqlite:<path>".into());
-    };
     if let Command::Config(ConfigCommand::Check) = command {
         print("the configuration is good\n")?;
         return Ok(true);
@@ -46,20 +43,23 @@ fn run(cli: Cli) -> Result<bool, Failure> {
     std::fs::create_dir_all(&config.data_dir).map_err(|error| format!("{}: {error}", config.data_dir.display()))?;
     let master = std::env::var("GPT_CAT_MASTER_KEY").ok();
     let master = MasterKey::load(master.as_deref(), &config.data_dir.join("master.key"))?;
-    let store = Store::open(path)?;
     if let Command::Serve = command {
         let workers = config.server.workers;
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         if workers > 0 {
             runtime.worker_threads(workers);
         }
-        return runtime.enable_all().build()?.block_on(serve(config, store, master));
+        return runtime.enable_all().build()?.block_on(serve(config, master));
     }
-    let desk = Desk { config: &config, store: &store, master: &master, check_line: ledger::CHECK_LINE, json: cli.json };
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(desk.run(command))
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let store = Store::open(&config.database_url).await?;
+        let check_line = ledger::CHECK_LINE;
+        Desk { config: &config, store: &store, master: &master, check_line, json: cli.json }.run(command).await
+    })
 }
 
-async fn serve(config: Config, store: Store, master: MasterKey) -> Result<bool, Failure> {
+async fn serve(config: Config, master: MasterKey) -> Result<bool, Failure> {
+    let store = Store::open(&config.database_url).await?;
     let json = config.log.format == LogFormat::Json;
     let _log = telemetry::start(&config.log.level, json, config.log.file.as_deref())?;
     let mut stop = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];

@@ -169,7 +169,7 @@ mod tests {
 
     async fn store() -> (tempfile::TempDir, Store) {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(&folder.path().join("x.db")).unwrap();
+        let store = Store::open(&crate::config::DatabaseUrl::Sqlite(folder.path().join("x.db"))).await.unwrap();
         (folder, store)
     }
 

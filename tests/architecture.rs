@@ -45,7 +45,7 @@ struct Fence {
 /// `tokio` names who may wait: all but those that handle bytes and values.
 static FENCES: [Fence; 10] = [
     Fence {
-        crates: &["rusqlite", "tokio_postgres", "deadpool", "deadpool_postgres", "sqlx"],
+        crates: &["rusqlite", "tokio_postgres", "deadpool", "deadpool_postgres", "tokio_postgres_rustls", "sqlx"],
         within: &["store"],
         why: "SQL is in the store only",
     },
@@ -56,8 +56,8 @@ static FENCES: [Fence; 10] = [
     },
     Fence {
         crates: &["tokio_rustls", "rustls"],
-        within: &["server", "upstream"],
-        why: "TLS belongs to the sockets of clients and upstreams",
+        within: &["server", "upstream", "store"],
+        why: "TLS belongs to the sockets of clients, upstreams and the database",
     },
     Fence {
         crates: &["tokio"],

@@ -11,7 +11,6 @@ mod money;
 mod prompt;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -395,7 +394,7 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
     let ended: Vec<Line> =
         left.ended.into_iter().filter(|(ordinal, _)| *ordinal > boot.shipped).map(|(_, line)| line).collect();
     let (ended_count, crashed_count) = (ended.len(), left.crashed.len());
-    let lines = within_leases(store, dead.boot, ended.into_iter().chain(left.crashed).collect()).await?;
+    let lines: Vec<Line> = ended.into_iter().chain(left.crashed).collect();
     for batch in lines.chunks(SHIP_LINES) {
         let to = watermark + batch.len() as u64;
         store.ship(dead.boot, watermark, to, batch.to_vec()).await?;
@@ -407,29 +406,6 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
     }
     dead.remove()?;
     Ok(())
-}
-
-/// Bounds what a dead boot's lines charge by what its leases still have: with a record lost, money that a call gave back
-/// may have been spent by another, and the rest of the charge is the operator's.
-async fn within_leases(store: &Store, boot: BootId, mut lines: Vec<Line>) -> Result<Vec<Line>, StoreError> {
-    // An earlier replay may have been cut off: what it stored has left the lease already.
-    let stored = store.stored(boot, lines.iter().map(|line| line.sequence).collect()).await?;
-    lines.retain(|line| !stored.contains(&line.sequence));
-    let mut left: HashMap<i64, i64> = HashMap::new();
-    for line in &mut lines {
-        let left = match left.entry(line.user_id) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(store.lease(boot, line.user_id).await?.amount_nano),
-        };
-        let charged = line.charged_nano.min(*left);
-        if charged < line.charged_nano {
-            line.absorbed_nano += line.charged_nano - charged;
-            line.charged_nano = charged;
-            line.flagged = true;
-        }
-        *left -= charged;
-    }
-    Ok(lines)
 }
 
 /// Recomputes a line from its tokens, price version and ratio; says what does not agree.

@@ -19,7 +19,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::catalog::Catalog;
 use crate::config::{self, Config};
@@ -34,6 +34,10 @@ use crate::users::Users;
 
 /// Changes that an operator made are seen this often.
 const CHANGES_EVERY: Duration = Duration::from_millis(400);
+/// The same where the database tells of changes by itself.
+const CHANGES_ASKED_EVERY: Duration = Duration::from_secs(1);
+/// Old changes are forgotten after so many new ones.
+const CHANGES_FORGOTTEN_EACH: i64 = 1000;
 /// What streams have to send their last event, once they were told to end.
 const FAREWELL_MAX: Duration = Duration::from_secs(1);
 /// Idle upstream connections are looked through this often, in [`CHANGES_EVERY`].
@@ -204,10 +208,18 @@ async fn warm(catalog: &Catalog) {
 
 /// Applies what operators change beside the server, until it is aborted.
 async fn watch_changes(gateway: Arc<Gateway>, store: Store, master: MasterKey, mut sequence: i64) {
-    let mut ticks = tokio::time::interval(CHANGES_EVERY);
+    let mut told = store.listen();
+    // Where the database tells of changes, asking is for those that it could not tell.
+    let every = if told.is_some() { CHANGES_ASKED_EVERY } else { CHANGES_EVERY };
+    let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     for tick in 1u64.. {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            what = hear(&mut told) => if what != "changes" {
+                continue;
+            }
+        }
         if tick.is_multiple_of(SWEEP_TICKS) {
             gateway.upstream.sweep();
         }
@@ -230,5 +242,20 @@ async fn apply_changes(gateway: &Gateway, store: &Store, master: &MasterKey, seq
             change => gateway.users.apply(store, change).await?,
         }
     }
+    // Once in a while, by whichever server meets the number.
+    if !changes.is_empty() && newest % CHANGES_FORGOTTEN_EACH < changes.len() as i64 {
+        store.forget_changes(newest).await?;
+    }
     Ok(newest)
+}
+
+/// What the database tells; never ready where it does not.
+async fn hear(told: &mut Option<mpsc::Receiver<String>>) -> String {
+    match told {
+        Some(notices) => match notices.recv().await {
+            Some(notice) => notice,
+            None => std::future::pending().await, // its task has ended with the runtime
+        },
+        None => std::future::pending().await,
+    }
 }

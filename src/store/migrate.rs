@@ -1,28 +1,53 @@
-//! Brings a database to this binary's schema: numbered, forward only, each step in a transaction of its own.
+//! Brings a database to this binary's schema: numbered, forward only, each step in a transaction of its own, under a
+//! lock, so that programs that start together do not collide. A database newer than this binary is refused.
 
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::StoreError;
+use super::postgres::Lent;
+use super::tx::Tx;
 
 /// The steps for SQLite, in order; a step is never edited once released.
-static SQLITE: [&str; 1] = [include_str!("../../sql/sqlite/001_start.sql")];
+static SQLITE: [&str; 2] =
+    [include_str!("../../sql/sqlite/001_start.sql"), include_str!("../../sql/sqlite/002_changes.sql")];
+/// The same steps for PostgreSQL.
+static POSTGRES: [&str; 2] =
+    [include_str!("../../sql/postgres/001_start.sql"), include_str!("../../sql/postgres/002_changes.sql")];
+/// Locks the migration of a PostgreSQL database: "gpt-cat" in ASCII.
+const LOCK: i64 = 0x67_70_74_2d_63_61_74;
+
+fn next(steps: &[&'static str], found: i64) -> Result<Option<&'static str>, StoreError> {
+    let newer = StoreError::SchemaNewer { found };
+    match usize::try_from(found) {
+        Ok(applied) if applied <= steps.len() => Ok(steps.get(applied).copied()),
+        _ => Err(newer),
+    }
+}
 
 /// Applies what is missing. `user_version` is the number of the last step applied.
-///
-/// Programs that start together do not collide: each step begins with a write lock and reads the number under it.
-/// A database newer than this binary is refused.
 pub fn sqlite(connection: &mut Connection) -> Result<(), StoreError> {
     loop {
         let step = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let version: i64 = step.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        let applied = usize::try_from(version).map_err(|_| StoreError::SchemaNewer { found: version })?;
-        if applied > SQLITE.len() {
-            return Err(StoreError::SchemaNewer { found: version });
-        }
-        let Some(sql) = SQLITE.get(applied) else { return Ok(()) };
+        let Some(sql) = next(&SQLITE, version)? else { return Ok(()) };
         step.execute_batch(sql)?;
         step.pragma_update(None, "user_version", version + 1)?;
         step.commit()?;
+    }
+}
+
+/// Applies what is missing. `schema_steps` has the numbers of those applied.
+pub async fn postgres(lent: &mut Lent) -> Result<(), StoreError> {
+    loop {
+        let step = lent.begin(true).await?;
+        step.batch(&format!("SELECT pg_advisory_xact_lock({LOCK})")).await?;
+        step.batch("CREATE TABLE IF NOT EXISTS schema_steps (number BIGINT PRIMARY KEY)").await?;
+        let version = step.row("SELECT coalesce(max(number), 0) FROM schema_steps", &[]).await?;
+        let version = version.ok_or(StoreError::Moved)?.get(0)?;
+        let Some(sql) = next(&POSTGRES, version)? else { return Ok(()) };
+        step.batch(sql).await?;
+        step.batch(&format!("INSERT INTO schema_steps (number) VALUES ({})", version + 1)).await?;
+        step.commit().await?;
     }
 }
 

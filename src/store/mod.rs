@@ -4,14 +4,25 @@
 //! is ever below zero, and Σ credits − Σ charges = Σ balances + Σ leases at every commit.
 
 mod audit;
+mod books;
+mod desk;
+mod lines;
 mod migrate;
+mod postgres;
 mod rows;
 mod seal;
 mod sqlite;
+mod tx;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use tokio::sync::mpsc;
+
+use crate::config::DatabaseUrl;
+use postgres::{Lent, Postgres};
+use sqlite::{Sqlite, at_once};
 
 pub use audit::{Audit, LineCheck, UserSums};
 pub use rows::{
@@ -19,7 +30,6 @@ pub use rows::{
     PriceRow, UserRow,
 };
 pub use seal::{MasterKey, SealError, hex, random};
-pub use sqlite::Store;
 
 /// Why the store did not do what was asked.
 #[derive(Debug)]
@@ -34,8 +44,8 @@ pub enum StoreError {
     BootGone,
     /// The watermark or version is not what the caller believes; it has to read again.
     Moved,
-    /// The file cannot be opened.
-    Open(PathBuf, String),
+    /// The database cannot be opened: which, and why.
+    Open(String, String),
     /// The database failed; whether a commit happened is unknown.
     Database(String),
 }
@@ -50,7 +60,7 @@ impl fmt::Display for StoreError {
             StoreError::Refused(why) => f.write_str(why),
             StoreError::BootGone => f.write_str("this process's boot is no longer live in the database"),
             StoreError::Moved => f.write_str("the row has moved on since it was read"),
-            StoreError::Open(path, why) => write!(f, "cannot open the database {}: {why}", path.display()),
+            StoreError::Open(which, why) => write!(f, "cannot open the database {which}: {why}"),
             StoreError::Database(why) => write!(f, "database: {why}"),
         }
     }
@@ -58,13 +68,141 @@ impl fmt::Display for StoreError {
 
 impl std::error::Error for StoreError {}
 
-impl From<rusqlite::Error> for StoreError {
-    fn from(error: rusqlite::Error) -> StoreError {
-        StoreError::Database(error.to_string())
+/// A handle to the database; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store(Database);
+
+#[derive(Clone, Debug)]
+enum Database {
+    Sqlite(Sqlite),
+    Postgres(Arc<Postgres>),
+}
+
+impl Store {
+    /// Opens the database and migrates it. A SQLite file and its folder are made when absent.
+    pub async fn open(url: &DatabaseUrl) -> Result<Store, StoreError> {
+        Ok(Store(match url {
+            DatabaseUrl::Sqlite(path) => {
+                let path = path.clone();
+                let opening = tokio::task::spawn_blocking(move || Sqlite::open(&path));
+                Database::Sqlite(opening.await.map_err(|error| StoreError::Database(error.to_string()))??)
+            }
+            DatabaseUrl::Postgres(url) => Database::Postgres(Arc::new(Postgres::open(url.expose()).await?)),
+        }))
     }
+
+    /// Tells when another node changed something, or asks for a user's money; `None` where there are no other nodes.
+    pub fn listen(&self) -> Option<mpsc::Receiver<String>> {
+        match &self.0 {
+            Database::Sqlite(_) => None,
+            Database::Postgres(postgres) => Some(postgres.listen()),
+        }
+    }
+}
+
+/// Makes a method of each transaction, which runs it on the database that there is: a `read` and a `write` within
+/// seconds, a `report` for as long as it takes, over one state of the database.
+macro_rules! transactions {
+    ($($(#[$doc:meta])* $mode:ident $room:ident::$name:ident($($given:ident: $type:ty),*) -> $result:ty;)*) => {
+        impl Store { $(
+            $(#[$doc])*
+            pub async fn $name(&self, $($given: $type),*) -> Result<$result, StoreError> {
+                let (writes, long) = (matches!(stringify!($mode), "write"), matches!(stringify!($mode), "report"));
+                match &self.0 {
+                    Database::Sqlite(sqlite) => sqlite.run(writes, move |tx| at_once($room::$name(tx, $($given),*))).await,
+                    Database::Postgres(postgres) => {
+                        let mut lent = postgres.lend().await?;
+                        let worked = Lent::within(long, async {
+                            let tx = lent.begin(long).await?;
+                            let result = $room::$name(&tx, $($given),*).await?;
+                            tx.commit().await?;
+                            Ok(result)
+                        });
+                        let worked = worked.await;
+                        match worked {
+                            Err(StoreError::Database(_)) => lent.close(),
+                            _ => lent.give_back(),
+                        }
+                        worked
+                    }
+                }
+            }
+        )* }
+    };
+}
+
+transactions! {
+    /// Registers a new boot as live.
+    write books::begin_boot(boot: BootId) -> ();
+    /// Says that the boot lives and returns its watermark; `BootGone` when it no longer does.
+    write books::heartbeat(boot: BootId) -> u64;
+    /// What the store knows of a boot; `None` when it was never registered.
+    read books::boot(boot: BootId) -> Option<BootState>;
+    /// Gives all of a boot's leases back to their users and closes it.
+    write books::close_boot(boot: BootId) -> ();
+    /// Moves money from a user's balance into a boot's lease: `need_nano` or what there is, possibly nothing, and beyond
+    /// it at most `ahead_nano`, of which a boot takes no more than its half of an even share of the balance.
+    write books::grant(boot: BootId, user_id: i64, need_nano: i64, ahead_nano: i64) -> LeaseRow;
+    /// Moves money back; `Moved` when the lease is not at `version`.
+    write books::give_back(boot: BootId, user_id: i64, amount_nano: i64, version: i64) -> LeaseRow;
+    /// Reads a lease again, after a commit whose outcome is unknown.
+    read books::lease(boot: BootId, user_id: i64) -> LeaseRow;
+    /// Stores lines and takes their charges out of the boot's leases, if the watermark still is `from`; it becomes `to`.
+    /// What a lease does not have is absorbed.
+    write books::ship(boot: BootId, from: u64, to: u64, lines: Vec<Line>) -> ();
+    /// The version of a model's price: the last one stored if it is the same, else a new one.
+    write books::price_version(model: String, price: PriceRow) -> i64;
+
+    /// Lines with the name of their user, newest first.
+    read lines::lines(filter: LineFilter) -> Vec<(String, Line)>;
+    /// Adds everything up in one transaction and lets `check` look at each line.
+    report lines::audit(check: LineCheck) -> Audit;
+
+    /// Reads a setting that the program stored for itself.
+    read desk::setting(name: &'static str) -> Option<String>;
+    /// Stores a setting unless it is there already; returns what is stored then.
+    write desk::settle_setting(name: &'static str, value: String) -> String;
+    /// The first start: stores the admin token's hash, a first user with a key, and a first credit (0: none), all or
+    /// nothing. False when there was a first start before.
+    write desk::first_start(admin_token_hash: String, user: &'static str, credit_nano: i64, key: ([u8; 32], String)) -> bool;
+    /// The number of the newest change.
+    read desk::change_sequence() -> i64;
+    /// Changes after `sequence`, with the newest number.
+    read desk::changes_since(sequence: i64) -> (i64, Vec<Change>);
+    /// Forgets changes that are far behind `newest`; a server that has not seen them reads everything again.
+    write desk::forget_changes(newest: i64) -> ();
+    /// All groups.
+    read desk::groups() -> Vec<GroupRow>;
+    /// All users, or the one with this id.
+    read desk::users(id: Option<i64>) -> Vec<UserRow>;
+    /// The user of this name.
+    read desk::user(name: String) -> UserRow;
+    /// All keys, or the one with this id; revoked ones too.
+    read desk::keys(id: Option<i64>) -> Vec<KeyRow>;
+    /// All accounts that were not removed.
+    read desk::accounts() -> Vec<AccountRow>;
+    /// Adds a user with a first credit (0: none) and, when given, a key.
+    write desk::add_user(name: String, group: String, credit_nano: i64, key: Option<([u8; 32], String)>) -> UserRow;
+    /// Credits a user; the amount is above zero.
+    write desk::credit(name: String, amount_nano: i64, note: String) -> UserRow;
+    /// Freezes or unfreezes a user.
+    write desk::set_frozen(name: String, frozen: bool) -> UserRow;
+    /// Adds a key to a user; returns its id.
+    write desk::add_key(user: String, hash: [u8; 32], hint: String, name: String) -> i64;
+    /// Revokes a key for good.
+    write desk::revoke_key(id: i64) -> ();
+    /// Adds an account; returns its id. The name of a removed account may be used again.
+    write desk::add_account(account: NewAccount) -> i64;
+    /// Enables or disables an account.
+    write desk::set_account_enabled(name: String, enabled: bool) -> ();
+    /// Removes an account: its key is forgotten, its id stays for the lines that name it.
+    write desk::remove_account(name: String) -> ();
 }
 
 /// Milliseconds since 1970 UTC.
 pub fn now_ms() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,8 @@
 //!
 //! Every journey ends with the node's books adding up and no lease left ([`Node::finish`]).
 
+#[path = "../support/cluster.rs"]
+mod cluster;
 mod corpus;
 mod faults;
 mod http2;
@@ -9,3 +11,6 @@ mod money;
 mod node;
 mod upstream;
 mod wire;
+
+/// These journeys keep their books in SQLite; `tests/journeys_postgres` has them over again with PostgreSQL.
+const POSTGRES: bool = false;

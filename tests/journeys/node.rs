@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use gpt_cat::config::{Config, DatabaseUrl};
+use gpt_cat::config::Config;
 use gpt_cat::ledger::CHECK_LINE;
 use gpt_cat::server::{Doors, Server};
 use gpt_cat::store::{Line, LineFilter, MasterKey, NewAccount, Store};
@@ -95,11 +95,12 @@ impl Setup {
 
     pub async fn start(self) -> Node {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("gpt-cat.db");
-        let toml = format!("database_url = \"sqlite:{}\"\n{}", path.display(), self.toml);
+        let url = if crate::POSTGRES { crate::cluster::database() } else { None };
+        let url = url.unwrap_or_else(|| format!("sqlite:{}", folder.path().join("gpt-cat.db").display()));
+        let data = folder.path().display();
+        let toml = format!("database_url = \"{url}\"\ndata_dir = \"{data}\"\n{}", self.toml);
         let config = Config::load(Some(&toml), [], &dialects()).unwrap_or_else(|errors| panic!("{errors}"));
-        assert_eq!(config.database_url, DatabaseUrl::Sqlite(path.clone()));
-        let store = Store::open(&path).unwrap();
+        let store = Store::open(&config.database_url).await.unwrap();
         let master = MasterKey::load(None, &folder.path().join("master.key")).unwrap();
         let key = (hash_key(KEY), "neys".to_owned());
         store.add_user(USER.into(), "default".into(), self.balance_nano, Some(key)).await.unwrap();

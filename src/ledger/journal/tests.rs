@@ -369,35 +369,3 @@ fn damaged_bytes_anywhere_never_panic_and_never_invent_a_line() {
         }
     }
 }
-
-#[tokio::test]
-async fn what_a_dead_boot_left_charges_no_more_than_its_lease_has() {
-    // With an END lost, its call is charged by its MARK although another call has spent what it gave back.
-    let folder = tempfile::tempdir().unwrap();
-    let store = crate::store::Store::open(&folder.path().join("x.db")).unwrap();
-    let user = store.add_user("ann".into(), "default".into(), 100, None).await.unwrap();
-    store.begin_boot([7; 16]).await.unwrap();
-    store.grant([7; 16], user.id, 50, 0).await.unwrap();
-    let charging = |sequence, charged_nano| Line { user_id: user.id, charged_nano, ..line(sequence) };
-    let lines = vec![charging(1, 40), charging(2, 30), charging(3, 5)];
-    let bounded = crate::ledger::within_leases(&store, [7; 16], lines).await.unwrap();
-    let seen: Vec<_> = bounded.iter().map(|line| (line.charged_nano, line.absorbed_nano, line.flagged)).collect();
-    assert_eq!(seen, [(40, 0, false), (10, 20, true), (0, 5, true)]);
-}
-
-#[tokio::test]
-async fn a_replay_that_was_cut_off_charges_the_rest_as_if_it_had_not_been() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = crate::store::Store::open(&folder.path().join("x.db")).unwrap();
-    let key = Some(([1; 32], "hint".to_owned()));
-    let user = store.add_user("ann".into(), "default".into(), 100, key).await.unwrap();
-    let boot = [7; 16];
-    store.begin_boot(boot).await.unwrap();
-    store.grant(boot, user.id, 100, 0).await.unwrap();
-    let price_version = store.price_version("m".into(), FREE).await.unwrap();
-    let key_id = store.keys(None).await.unwrap()[0].id;
-    let charging = |sequence| Line { user_id: user.id, key_id, price_version, charged_nano: 50, ..line(sequence) };
-    store.ship(boot, 0, 1, vec![charging(1)]).await.unwrap();
-    let rest = crate::ledger::within_leases(&store, boot, vec![charging(1), charging(2)]).await.unwrap();
-    assert_eq!(rest.iter().map(|line| (line.sequence, line.charged_nano)).collect::<Vec<_>>(), [(2, 50)]);
-}

@@ -1,0 +1,188 @@
+//! Boots, leases and prices: the transactions that move money (design.md §4b).
+
+use std::collections::{HashMap, HashSet};
+
+use super::tx::{Row, Tx, given};
+use super::{BootId, BootState, LeaseRow, Line, PriceRow, StoreError, now_ms};
+
+pub async fn begin_boot<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
+    let now = tx.now_ms().await?;
+    tx.execute("INSERT INTO boots (id, started_ms, seen_ms) VALUES ($1, $2, $3)", given![boot, now, now]).await?;
+    Ok(())
+}
+
+pub async fn heartbeat<T: Tx>(tx: &T, boot: BootId) -> Result<u64, StoreError> {
+    let now = tx.now_ms().await?;
+    let sql = "UPDATE boots SET seen_ms = $2 WHERE id = $1 AND state = 'live' RETURNING shipped";
+    tx.row(sql, given![boot, now]).await?.ok_or(StoreError::BootGone)?.get(0)
+}
+
+pub async fn boot<T: Tx>(tx: &T, boot: BootId) -> Result<Option<BootState>, StoreError> {
+    let row = tx.row("SELECT state, shipped FROM boots WHERE id = $1", given![boot]).await?;
+    row.map(|row| Ok(BootState { live: row.get::<String>(0)? == "live", shipped: row.get(1)? })).transpose()
+}
+
+/// Locks a boot's row, so that what concerns one boot happens one after the other.
+async fn lock_boot<T: Tx>(tx: &T, boot: BootId) -> Result<Option<String>, StoreError> {
+    let sql = format!("SELECT state FROM boots WHERE id = $1{}", T::FOR_UPDATE);
+    tx.row(&sql, given![boot]).await?.map(|row| row.get(0)).transpose()
+}
+
+async fn lock_live<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
+    match lock_boot(tx, boot).await?.as_deref() {
+        Some("live") => Ok(()),
+        _ => Err(StoreError::BootGone),
+    }
+}
+
+/// Gives back what a boot has leased; its row is locked.
+async fn return_leases<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
+    // In the order of users, as everybody locks them.
+    let sql = format!("SELECT user_id, amount_nano FROM leases WHERE boot = $1 ORDER BY user_id{}", T::FOR_UPDATE);
+    for lease in tx.rows(&sql, given![boot]).await? {
+        let (user_id, amount): (i64, i64) = (lease.get(0)?, lease.get(1)?);
+        let sql = "UPDATE users SET balance_nano = balance_nano + $2 WHERE id = $1";
+        tx.execute(sql, given![user_id, amount]).await?;
+    }
+    tx.execute("DELETE FROM leases WHERE boot = $1", given![boot]).await?;
+    Ok(())
+}
+
+pub async fn close_boot<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
+    lock_boot(tx, boot).await?;
+    return_leases(tx, boot).await?;
+    tx.execute("UPDATE boots SET state = 'closed' WHERE id = $1 AND state = 'live'", given![boot]).await?;
+    Ok(())
+}
+
+pub async fn grant<T: Tx>(
+    tx: &T,
+    boot: BootId,
+    user_id: i64,
+    need_nano: i64,
+    ahead_nano: i64,
+) -> Result<LeaseRow, StoreError> {
+    lock_live(tx, boot).await?;
+    let sql = format!(
+        "SELECT balance_nano, (SELECT count(*) FROM boots WHERE state = 'live') FROM users WHERE id = $1{}",
+        T::FOR_UPDATE
+    );
+    let user = tx.row(&sql, given![user_id]).await?.ok_or_else(|| StoreError::Absent("user".into()))?;
+    let (balance, live): (i64, i64) = (user.get(0)?, user.get(1)?);
+    let ahead = ahead_nano.clamp(0, balance / (2 * live.max(1)));
+    let granted = balance.min(need_nano.max(0).saturating_add(ahead));
+    tx.execute("UPDATE users SET balance_nano = balance_nano - $2 WHERE id = $1", given![user_id, granted]).await?;
+    let lease = tx
+        .row(
+            "INSERT INTO leases (user_id, boot, amount_nano, granted_nano) VALUES ($1, $2, $3, $4)
+             ON CONFLICT (user_id, boot) DO UPDATE SET amount_nano = leases.amount_nano + excluded.amount_nano,
+             granted_nano = leases.granted_nano + excluded.granted_nano, version = leases.version + 1
+             RETURNING amount_nano, granted_nano, version",
+            given![user_id, boot, granted, granted],
+        )
+        .await?
+        .ok_or(StoreError::Moved)?;
+    lease_of(&lease, balance - granted)
+}
+
+pub async fn give_back<T: Tx>(
+    tx: &T,
+    boot: BootId,
+    user_id: i64,
+    amount_nano: i64,
+    version: i64,
+) -> Result<LeaseRow, StoreError> {
+    lock_live(tx, boot).await?;
+    let sql = "UPDATE users SET balance_nano = balance_nano + $2 WHERE id = $1 RETURNING balance_nano";
+    let user = tx.row(sql, given![user_id, amount_nano]).await?.ok_or_else(|| StoreError::Absent("user".into()))?;
+    let lease = tx
+        .row(
+            "UPDATE leases SET amount_nano = amount_nano - $3, granted_nano = granted_nano - $4, version = version + 1
+             WHERE user_id = $1 AND boot = $2 AND version = $5 RETURNING amount_nano, granted_nano, version",
+            given![user_id, boot, amount_nano, amount_nano, version],
+        )
+        .await?
+        .ok_or(StoreError::Moved)?;
+    lease_of(&lease, user.get(0)?)
+}
+
+pub async fn lease<T: Tx>(tx: &T, boot: BootId, user_id: i64) -> Result<LeaseRow, StoreError> {
+    let sql = "SELECT coalesce(amount_nano, 0), coalesce(granted_nano, 0), coalesce(version, 0), balance_nano
+               FROM users LEFT JOIN leases ON leases.user_id = users.id AND leases.boot = $1 WHERE users.id = $2";
+    let row = tx.row(sql, given![boot, user_id]).await?.ok_or_else(|| StoreError::Absent("user".into()))?;
+    lease_of(&row, row.get(3)?)
+}
+
+fn lease_of(row: &Row, balance_nano: i64) -> Result<LeaseRow, StoreError> {
+    Ok(LeaseRow { amount_nano: row.get(0)?, granted_nano: row.get(1)?, version: row.get(2)?, balance_nano })
+}
+
+pub async fn ship<T: Tx>(tx: &T, boot: BootId, from: u64, to: u64, mut lines: Vec<Line>) -> Result<(), StoreError> {
+    let sql = "UPDATE boots SET shipped = $3 WHERE id = $1 AND shipped = $2";
+    if tx.execute(sql, given![boot, from, to]).await? == 0 {
+        return Err(StoreError::Moved);
+    }
+    // Stored before, by a replay that was cut off: the first END of a call counts.
+    let inserted: HashSet<u64> = tx.insert_lines(boot, &lines).await?.into_iter().collect();
+    lines.retain(|line| inserted.contains(&line.sequence) && line.charged_nano > 0);
+    let mut users: Vec<i64> = lines.iter().map(|line| line.user_id).collect();
+    users.sort_unstable();
+    users.dedup();
+    if users.is_empty() {
+        return Ok(());
+    }
+    // A lease may have less than its lines charge: it was forfeited, or its database was set back. Then what is left
+    // is charged, and the rest is the operator's.
+    let leased: HashMap<i64, i64> = tx.lease_amounts(boot, users).await?.into_iter().collect();
+    let mut charges: HashMap<i64, i64> = HashMap::new();
+    for line in &lines {
+        let charge = charges.entry(line.user_id).or_default();
+        let left = leased.get(&line.user_id).copied().unwrap_or(0) - *charge;
+        let charged = line.charged_nano.min(left);
+        *charge += charged;
+        if charged < line.charged_nano {
+            tx.execute(
+                "UPDATE lines SET charged_nano = $3, absorbed_nano = absorbed_nano + $4, flagged = TRUE
+                 WHERE boot = $1 AND sequence = $2",
+                given![boot, line.sequence, charged, line.charged_nano - charged],
+            )
+            .await?;
+        }
+    }
+    let mut charges: Vec<(i64, i64)> = charges.into_iter().filter(|(_, charge)| *charge > 0).collect();
+    charges.sort_unstable();
+    tx.charge_leases(boot, charges).await
+}
+
+pub async fn price_version<T: Tx>(tx: &T, model: String, price: PriceRow) -> Result<i64, StoreError> {
+    let last = tx
+        .row(
+            "SELECT version, input_nano, cached_input_nano, output_nano, per_call_nano FROM prices
+             WHERE model = $1 ORDER BY version DESC LIMIT 1",
+            given![&model],
+        )
+        .await?;
+    if let Some(last) = last
+        && price_row(&last, 1)? == price
+    {
+        return last.get(0);
+    }
+    let PriceRow { input_nano, cached_input_nano, output_nano, per_call_nano } = price;
+    let inserted = tx
+        .row(
+            "INSERT INTO prices (model, input_nano, cached_input_nano, output_nano, per_call_nano, from_ms)
+             VALUES ($1, $2, $3, $4, $5, $6) RETURNING version",
+            given![model, input_nano, cached_input_nano, output_nano, per_call_nano, now_ms()],
+        )
+        .await?;
+    inserted.ok_or(StoreError::Moved)?.get(0)
+}
+
+pub fn price_row(row: &Row, first: usize) -> Result<PriceRow, StoreError> {
+    Ok(PriceRow {
+        input_nano: row.get(first)?,
+        cached_input_nano: row.get(first + 1)?,
+        output_nano: row.get(first + 2)?,
+        per_call_nano: row.get(first + 3)?,
+    })
+}

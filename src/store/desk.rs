@@ -1,0 +1,271 @@
+//! What an operator changes, and what a running server reads of it: users, keys, groups, accounts, and their changes.
+
+use super::tx::{Row, Tx, given};
+use super::{AccountRow, Change, GroupRow, KeyRow, NewAccount, StoreError, UserRow, now_ms};
+
+/// Rows of `changes` that are kept; a server that is further behind reads everything again.
+const CHANGES_KEPT: i64 = 10_000;
+
+pub async fn setting<T: Tx>(tx: &T, name: &'static str) -> Result<Option<String>, StoreError> {
+    tx.row("SELECT value FROM settings WHERE name = $1", given![name]).await?.map(|row| row.get(0)).transpose()
+}
+
+pub async fn settle_setting<T: Tx>(tx: &T, name: &'static str, value: String) -> Result<String, StoreError> {
+    let sql = "INSERT INTO settings (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING";
+    tx.execute(sql, given![name, value]).await?;
+    setting(tx, name).await?.ok_or(StoreError::Moved)
+}
+
+pub async fn first_start<T: Tx>(
+    tx: &T,
+    admin_token_hash: String,
+    user: &'static str,
+    credit_nano: i64,
+    key: ([u8; 32], String),
+) -> Result<bool, StoreError> {
+    let sql = "INSERT INTO settings (name, value) VALUES ('admin_token_hash', $1) ON CONFLICT DO NOTHING";
+    if tx.execute(sql, given![admin_token_hash]).await? == 0 {
+        return Ok(false);
+    }
+    let user_id = insert_user(tx, user, 1).await?;
+    if credit_nano > 0 {
+        add_entry(tx, user_id, credit_nano, "first start").await?;
+    }
+    insert_key(tx, user_id, key.0, &key.1, "first").await?;
+    Ok(true)
+}
+
+pub async fn change_sequence<T: Tx>(tx: &T) -> Result<i64, StoreError> {
+    let row = tx.row("SELECT coalesce(max(sequence), 0) FROM changes", &[]).await?;
+    row.ok_or(StoreError::Moved)?.get(0)
+}
+
+pub async fn changes_since<T: Tx>(tx: &T, sequence: i64) -> Result<(i64, Vec<Change>), StoreError> {
+    let mut newest = sequence;
+    let mut changes = Vec::new();
+    let sql = "SELECT sequence, kind, row_id FROM changes WHERE sequence > $1 ORDER BY sequence";
+    for row in tx.rows(sql, given![sequence]).await? {
+        let next: i64 = row.get(0)?;
+        if changes.is_empty() && next > sequence + 1 {
+            changes.extend([Change::Group, Change::Account]); // some are forgotten: read everything
+        }
+        newest = next;
+        let id: i64 = row.get(2)?;
+        changes.push(match row.get::<String>(1)?.as_str() {
+            "user" => Change::User(id),
+            "key" => Change::Key(id),
+            "account" => Change::Account,
+            "balance" => Change::Balance(id),
+            _ => Change::Group,
+        });
+    }
+    Ok((newest, changes))
+}
+
+pub async fn forget_changes<T: Tx>(tx: &T, newest: i64) -> Result<(), StoreError> {
+    tx.execute("DELETE FROM changes WHERE sequence < $1", given![newest - CHANGES_KEPT]).await?;
+    Ok(())
+}
+
+pub async fn groups<T: Tx>(tx: &T) -> Result<Vec<GroupRow>, StoreError> {
+    let sql = "SELECT id, name, ratio_micro, models, concurrency FROM groups ORDER BY id";
+    let read = |row: &Row| {
+        Ok(GroupRow {
+            id: row.get(0)?,
+            name: row.get(1)?,
+            ratio_micro: row.get(2)?,
+            models: names(row, 3)?,
+            concurrency: row.get(4)?,
+        })
+    };
+    tx.rows(sql, &[]).await?.iter().map(read).collect()
+}
+
+pub async fn users<T: Tx>(tx: &T, id: Option<i64>) -> Result<Vec<UserRow>, StoreError> {
+    let sql = format!("{USER_SELECT} WHERE CAST($1 AS BIGINT) IS NULL OR id = $1 ORDER BY id");
+    tx.rows(&sql, given![id]).await?.iter().map(user_row).collect()
+}
+
+pub async fn user<T: Tx>(tx: &T, name: String) -> Result<UserRow, StoreError> {
+    find_user(tx, &name).await
+}
+
+pub async fn keys<T: Tx>(tx: &T, id: Option<i64>) -> Result<Vec<KeyRow>, StoreError> {
+    let sql = "SELECT id, user_id, hash, hint, name, created_ms, expires_ms, revoked_ms FROM keys
+               WHERE CAST($1 AS BIGINT) IS NULL OR id = $1 ORDER BY id";
+    let read = |row: &Row| {
+        Ok(KeyRow {
+            id: row.get(0)?,
+            user_id: row.get(1)?,
+            hash: row.get(2)?,
+            hint: row.get(3)?,
+            name: row.get(4)?,
+            created_ms: row.get(5)?,
+            expires_ms: row.get(6)?,
+            revoked_ms: row.get(7)?,
+        })
+    };
+    tx.rows(sql, given![id]).await?.iter().map(read).collect()
+}
+
+pub async fn accounts<T: Tx>(tx: &T) -> Result<Vec<AccountRow>, StoreError> {
+    let sql = "SELECT id, name, endpoint, sealed_key, hint, base_url, models, weight, tier, concurrency, enabled
+               FROM accounts WHERE removed_ms IS NULL ORDER BY id";
+    let read = |row: &Row| {
+        Ok(AccountRow {
+            id: row.get(0)?,
+            name: row.get(1)?,
+            endpoint: row.get(2)?,
+            sealed_key: row.get(3)?,
+            hint: row.get(4)?,
+            base_url: row.get(5)?,
+            models: names(row, 6)?,
+            weight: row.get(7)?,
+            tier: row.get(8)?,
+            concurrency: row.get(9)?,
+            enabled: row.get(10)?,
+        })
+    };
+    tx.rows(sql, &[]).await?.iter().map(read).collect()
+}
+
+pub async fn add_user<T: Tx>(
+    tx: &T,
+    name: String,
+    group: String,
+    credit_nano: i64,
+    key: Option<([u8; 32], String)>,
+) -> Result<UserRow, StoreError> {
+    let found = tx.row("SELECT id FROM groups WHERE name = $1", given![&group]).await?;
+    let group_id = found.ok_or_else(|| StoreError::Absent(format!("group '{group}'")))?.get(0)?;
+    let user_id = insert_user(tx, &name, group_id).await?;
+    if credit_nano > 0 {
+        add_entry(tx, user_id, credit_nano, "first credit").await?;
+    }
+    if let Some((hash, hint)) = key {
+        insert_key(tx, user_id, hash, &hint, "").await?;
+    }
+    find_user(tx, &name).await
+}
+
+pub async fn credit<T: Tx>(tx: &T, name: String, amount_nano: i64, note: String) -> Result<UserRow, StoreError> {
+    if amount_nano <= 0 {
+        return Err(StoreError::Refused("a credit must be above zero".into()));
+    }
+    let user = find_user(tx, &name).await?;
+    add_entry(tx, user.id, amount_nano, &note).await?;
+    find_user(tx, &name).await
+}
+
+pub async fn set_frozen<T: Tx>(tx: &T, name: String, frozen: bool) -> Result<UserRow, StoreError> {
+    let user = find_user(tx, &name).await?;
+    tx.execute("UPDATE users SET frozen = $2 WHERE id = $1", given![user.id, frozen]).await?;
+    find_user(tx, &name).await
+}
+
+pub async fn add_key<T: Tx>(
+    tx: &T,
+    user: String,
+    hash: [u8; 32],
+    hint: String,
+    name: String,
+) -> Result<i64, StoreError> {
+    let user = find_user(tx, &user).await?;
+    insert_key(tx, user.id, hash, &hint, &name).await
+}
+
+pub async fn revoke_key<T: Tx>(tx: &T, id: i64) -> Result<(), StoreError> {
+    let sql = "UPDATE keys SET revoked_ms = $2 WHERE id = $1 AND revoked_ms IS NULL";
+    match tx.execute(sql, given![id, now_ms()]).await? {
+        0 => Err(StoreError::Absent(format!("key {id} that is in use"))),
+        _ => Ok(()),
+    }
+}
+
+pub async fn add_account<T: Tx>(tx: &T, account: NewAccount) -> Result<i64, StoreError> {
+    let models = account.models.map(|models| serde_json::Value::from(models).to_string());
+    let added = tx
+        .row(
+            "INSERT INTO accounts (name, endpoint, sealed_key, hint, base_url, models, weight, tier, concurrency, created_ms)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNING id",
+            given![
+                &account.name,
+                account.endpoint,
+                account.sealed_key,
+                account.hint,
+                account.base_url,
+                models,
+                account.weight,
+                account.tier,
+                account.concurrency,
+                now_ms()
+            ],
+        )
+        .await?;
+    added.ok_or_else(|| StoreError::Refused(format!("there is an account '{}' already", account.name)))?.get(0)
+}
+
+pub async fn set_account_enabled<T: Tx>(tx: &T, name: String, enabled: bool) -> Result<(), StoreError> {
+    let sql = "UPDATE accounts SET enabled = $2 WHERE name = $1 AND removed_ms IS NULL";
+    match tx.execute(sql, given![&name, enabled]).await? {
+        0 => Err(StoreError::Absent(format!("account '{name}'"))),
+        _ => Ok(()),
+    }
+}
+
+pub async fn remove_account<T: Tx>(tx: &T, name: String) -> Result<(), StoreError> {
+    let sql = "UPDATE accounts SET removed_ms = $2, enabled = FALSE, sealed_key = $3, name = name || ' #' || id
+               WHERE name = $1 AND removed_ms IS NULL";
+    match tx.execute(sql, given![&name, now_ms(), Vec::<u8>::new()]).await? {
+        0 => Err(StoreError::Absent(format!("account '{name}'"))),
+        _ => Ok(()),
+    }
+}
+
+const USER_SELECT: &str = "SELECT id, name, group_id, balance_nano,
+    (SELECT CAST(coalesce(sum(amount_nano), 0) AS BIGINT) FROM leases WHERE user_id = users.id), frozen, created_ms
+    FROM users";
+
+fn user_row(row: &Row) -> Result<UserRow, StoreError> {
+    Ok(UserRow {
+        id: row.get(0)?,
+        name: row.get(1)?,
+        group_id: row.get(2)?,
+        balance_nano: row.get(3)?,
+        leased_nano: row.get(4)?,
+        frozen: row.get(5)?,
+        created_ms: row.get(6)?,
+    })
+}
+
+async fn find_user<T: Tx>(tx: &T, name: &str) -> Result<UserRow, StoreError> {
+    let row = tx.row(&format!("{USER_SELECT} WHERE name = $1"), given![name]).await?;
+    user_row(&row.ok_or_else(|| StoreError::Absent(format!("user '{name}'")))?)
+}
+
+async fn insert_user<T: Tx>(tx: &T, name: &str, group_id: i64) -> Result<i64, StoreError> {
+    let sql = "INSERT INTO users (name, group_id, created_ms) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING RETURNING id";
+    let added = tx.row(sql, given![name, group_id, now_ms()]).await?;
+    added.ok_or_else(|| StoreError::Refused(format!("there is a user '{name}' already")))?.get(0)
+}
+
+async fn add_entry<T: Tx>(tx: &T, user_id: i64, amount_nano: i64, note: &str) -> Result<(), StoreError> {
+    let sql = "UPDATE users SET balance_nano = balance_nano + $2 WHERE id = $1";
+    tx.execute(sql, given![user_id, amount_nano]).await?;
+    let sql = "INSERT INTO entries (user_id, amount_nano, note, at_ms) VALUES ($1, $2, $3, $4)";
+    tx.execute(sql, given![user_id, amount_nano, note, now_ms()]).await?;
+    Ok(())
+}
+
+async fn insert_key<T: Tx>(tx: &T, user_id: i64, hash: [u8; 32], hint: &str, name: &str) -> Result<i64, StoreError> {
+    let sql = "INSERT INTO keys (user_id, hash, hint, name, created_ms) VALUES ($1, $2, $3, $4, $5)
+               ON CONFLICT DO NOTHING RETURNING id";
+    let added = tx.row(sql, given![user_id, hash, hint, name, now_ms()]).await?;
+    added.ok_or_else(|| StoreError::Refused("this key exists already".into()))?.get(0)
+}
+
+/// A JSON array of names, or NULL.
+fn names(row: &Row, index: usize) -> Result<Option<Vec<String>>, StoreError> {
+    let text: Option<String> = row.get(index)?;
+    text.map(|text| serde_json::from_str(&text).map_err(|error| StoreError::Database(error.to_string()))).transpose()
+}

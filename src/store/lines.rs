@@ -1,0 +1,167 @@
+//! Lines of finished calls: how they are stored, read, and added up.
+
+use super::audit::{FINDINGS_MAX, UserSums};
+use super::books::price_row;
+use super::tx::{Row, Tx, Value, given};
+use super::{Audit, Billed, BootId, EndReason, Line, LineCheck, LineFilter, StoreError};
+
+/// Lines that an audit reads at a time.
+const AUDIT_PAGE: i64 = 5000;
+
+pub async fn lines<T: Tx>(tx: &T, filter: LineFilter) -> Result<Vec<(String, Line)>, StoreError> {
+    let sql = format!(
+        "SELECT {LINE_COLUMNS}, users.name FROM lines JOIN users ON users.id = lines.user_id
+         WHERE (CAST($1 AS TEXT) IS NULL OR users.name = $1) AND (CAST($2 AS TEXT) IS NULL OR model = $2)
+         AND (CAST($3 AS BIGINT) IS NULL OR started_ms >= $3) ORDER BY started_ms DESC, sequence DESC LIMIT $4"
+    );
+    let given = given![filter.user, filter.model, filter.since_ms, filter.limit];
+    tx.rows(&sql, given).await?.iter().map(|row| Ok((row.get(LINE_FIELDS)?, line_row(row)?))).collect()
+}
+
+pub async fn audit<T: Tx>(tx: &T, check: LineCheck) -> Result<Audit, StoreError> {
+    tx.snapshot().await?;
+    let sql = "SELECT id, name,
+                      (SELECT CAST(coalesce(sum(amount_nano), 0) AS BIGINT) FROM entries WHERE user_id = users.id),
+                      (SELECT CAST(coalesce(sum(charged_nano), 0) AS BIGINT) FROM lines WHERE user_id = users.id),
+                      balance_nano,
+                      (SELECT CAST(coalesce(sum(amount_nano), 0) AS BIGINT) FROM leases WHERE user_id = users.id)
+               FROM users ORDER BY id";
+    let sums = |row: &Row| {
+        Ok(UserSums {
+            user_id: row.get(0)?,
+            name: row.get(1)?,
+            entries_nano: row.get(2)?,
+            charged_nano: row.get(3)?,
+            balance_nano: row.get(4)?,
+            leased_nano: row.get(5)?,
+        })
+    };
+    let users = tx.rows(sql, &[]).await?.iter().map(sums).collect::<Result<_, StoreError>>()?;
+    let mut audit = Audit { users, lines: 0, charged_nano: 0, absorbed_nano: 0, findings: Vec::new() };
+    let sql = format!(
+        "SELECT {LINE_COLUMNS}, input_nano, cached_input_nano, output_nano, per_call_nano, boot
+         FROM lines JOIN prices ON prices.version = lines.price_version
+         WHERE (boot, sequence) > ($1, $2) ORDER BY boot, sequence LIMIT $3"
+    );
+    let (mut boot, mut sequence) = (Vec::<u8>::new(), -1_i64);
+    loop {
+        let page = tx.rows(&sql, given![boot.clone(), sequence, AUDIT_PAGE]).await?;
+        for row in &page {
+            let line = line_row(row)?;
+            audit.lines += 1;
+            audit.charged_nano += line.charged_nano;
+            audit.absorbed_nano += line.absorbed_nano;
+            if let Some(finding) = check(&line, &price_row(row, LINE_FIELDS)?)
+                && audit.findings.len() < FINDINGS_MAX
+            {
+                audit.findings.push(finding);
+            }
+        }
+        let Some(last) = page.last() else { return Ok(audit) };
+        (sequence, boot) = (last.get(0)?, last.get(LINE_FIELDS + 4)?);
+    }
+}
+
+/// The columns of a line after its boot, in the order of [`Line`]'s fields.
+const LINE_COLUMNS: &str = "lines.sequence, request_id, client_request_id, lines.user_id, key_id, ratio_micro, account_id,
+    endpoint, model_asked, lines.model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
+    usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
+    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries";
+const LINE_FIELDS: usize = 35;
+
+/// All of them, in the order of [`fields`].
+pub const LINE_COLUMNS_ALL: &str = "boot, sequence, request_id, client_request_id, user_id, key_id, ratio_micro,
+    account_id, endpoint, model_asked, model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
+    usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
+    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries";
+
+/// Inserts a line unless it is there, for SQLite.
+pub const LINE_INSERT: &str = "INSERT INTO lines (boot, sequence, request_id, client_request_id, user_id, key_id, ratio_micro,
+    account_id, endpoint, model_asked, model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
+    usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
+    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24,
+    ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36) ON CONFLICT DO NOTHING";
+
+/// A line as the values of its columns.
+pub fn fields(boot: BootId, line: &Line) -> [Value; LINE_FIELDS + 1] {
+    [
+        boot.into(),
+        line.sequence.into(),
+        (&line.request_id).into(),
+        line.client_request_id.as_deref().into(),
+        line.user_id.into(),
+        line.key_id.into(),
+        line.ratio_micro.into(),
+        line.account_id.into(),
+        line.endpoint.as_deref().into(),
+        (&line.model_asked).into(),
+        (&line.model).into(),
+        line.model_upstream.as_deref().into(),
+        line.price_version.into(),
+        line.tier.into(),
+        line.input.into(),
+        line.cached_input.into(),
+        line.output.into(),
+        line.usage_input.into(),
+        line.usage_cached.into(),
+        line.usage_output.into(),
+        line.usage_reasoning.into(),
+        line.counted_input.into(),
+        line.counted_output.into(),
+        line.billed.name().into(),
+        line.calibration_micro.into(),
+        line.estimated.into(),
+        line.flagged.into(),
+        line.hold_nano.into(),
+        line.charged_nano.into(),
+        line.absorbed_nano.into(),
+        line.started_ms.into(),
+        line.content_after_ms.into(),
+        line.duration_ms.into(),
+        line.end_reason.name().into(),
+        line.status.into(),
+        line.tries.into(),
+    ]
+}
+
+fn line_row(row: &Row) -> Result<Line, StoreError> {
+    let unknown = || StoreError::Database("a line has a name that this binary does not know".into());
+    Ok(Line {
+        sequence: row.get(0)?,
+        request_id: row.get(1)?,
+        client_request_id: row.get(2)?,
+        user_id: row.get(3)?,
+        key_id: row.get(4)?,
+        ratio_micro: row.get(5)?,
+        account_id: row.get(6)?,
+        endpoint: row.get(7)?,
+        model_asked: row.get(8)?,
+        model: row.get(9)?,
+        model_upstream: row.get(10)?,
+        price_version: row.get(11)?,
+        tier: row.get(12)?,
+        input: row.get(13)?,
+        cached_input: row.get(14)?,
+        output: row.get(15)?,
+        usage_input: row.get(16)?,
+        usage_cached: row.get(17)?,
+        usage_output: row.get(18)?,
+        usage_reasoning: row.get(19)?,
+        counted_input: row.get(20)?,
+        counted_output: row.get(21)?,
+        billed: Billed::of(&row.get::<String>(22)?).ok_or_else(unknown)?,
+        calibration_micro: row.get(23)?,
+        estimated: row.get(24)?,
+        flagged: row.get(25)?,
+        hold_nano: row.get(26)?,
+        charged_nano: row.get(27)?,
+        absorbed_nano: row.get(28)?,
+        started_ms: row.get(29)?,
+        content_after_ms: row.get(30)?,
+        duration_ms: row.get(31)?,
+        end_reason: EndReason::of(&row.get::<String>(32)?).ok_or_else(unknown)?,
+        status: row.get(33)?,
+        tries: row.get(34)?,
+    })
+}

@@ -1,0 +1,242 @@
+//! The same promises on both databases.
+
+use super::*;
+use crate::config::Secret;
+
+#[path = "../../tests/support/cluster.rs"]
+mod cluster;
+
+/// A store for as long as its folder or database lives.
+pub struct Fixture {
+    pub store: Store,
+    _folder: Option<tempfile::TempDir>,
+}
+
+pub async fn sqlite_store() -> Fixture {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&DatabaseUrl::Sqlite(folder.path().join("x.db"))).await.unwrap();
+    Fixture { store, _folder: Some(folder) }
+}
+
+/// Both, or SQLite alone where no PostgreSQL can be had.
+pub async fn each_store() -> Vec<Fixture> {
+    let mut all = vec![sqlite_store().await];
+    if let Some(url) = cluster::database() {
+        let store = Store::open(&DatabaseUrl::Postgres(Secret::new(&url))).await.unwrap();
+        all.push(Fixture { store, _folder: None });
+    }
+    all
+}
+
+/// Each store with a live boot and a user.
+async fn with_ann(balance_nano: i64) -> Vec<(Fixture, BootId, i64)> {
+    let mut all = Vec::new();
+    for fixture in each_store().await {
+        let key = Some(([1; 32], "hint".to_owned()));
+        let user = fixture.store.add_user("ann".into(), "default".into(), balance_nano, key).await.unwrap();
+        let boot = random();
+        fixture.store.begin_boot(boot).await.unwrap();
+        all.push((fixture, boot, user.id));
+    }
+    all
+}
+
+#[tokio::test]
+async fn a_grant_gives_what_there_is_and_ahead_at_most_half_of_the_balance() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        let first = store.grant(boot, user, 10, 1000).await.unwrap();
+        assert_eq!((first.amount_nano, first.balance_nano), (60, 40));
+        let rest = store.grant(boot, user, 500, 0).await.unwrap();
+        assert_eq!((rest.amount_nano, rest.granted_nano, rest.balance_nano), (100, 100, 0));
+        assert_eq!(store.grant(boot, user, 1, 1).await.unwrap().amount_nano, 100);
+    }
+}
+
+#[tokio::test]
+async fn a_return_needs_the_version_that_was_read() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        let lease = store.grant(boot, user, 80, 0).await.unwrap();
+        assert!(matches!(store.give_back(boot, user, 10, lease.version + 1).await, Err(StoreError::Moved)));
+        let lease = store.give_back(boot, user, 10, lease.version).await.unwrap();
+        assert_eq!((lease.amount_nano, lease.granted_nano, lease.balance_nano), (70, 70, 30));
+        // More than is leased violates a constraint: nothing changes.
+        assert!(store.give_back(boot, user, 71, lease.version).await.is_err());
+        assert_eq!(store.lease(boot, user).await.unwrap(), lease);
+    }
+}
+
+#[tokio::test]
+async fn a_boot_that_is_closed_gets_no_money_and_has_given_all_of_it_back() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        store.grant(boot, user, 80, 0).await.unwrap();
+        store.close_boot(boot).await.unwrap();
+        assert!(matches!(store.grant(boot, user, 1, 0).await, Err(StoreError::BootGone)));
+        assert!(matches!(store.heartbeat(boot).await, Err(StoreError::BootGone)));
+        assert_eq!(store.user("ann".into()).await.unwrap().balance_nano, 100);
+    }
+}
+
+#[tokio::test]
+async fn a_price_that_comes_back_gets_a_version_of_its_own_and_the_same_one_keeps_it() {
+    for (Fixture { store, _folder }, ..) in with_ann(0).await {
+        let price = |input_nano| PriceRow { input_nano, cached_input_nano: 0, output_nano: 0, per_call_nano: 0 };
+        let first = store.price_version("m".into(), price(1)).await.unwrap();
+        assert_eq!(store.price_version("m".into(), price(1)).await.unwrap(), first);
+        let second = store.price_version("m".into(), price(2)).await.unwrap();
+        let third = store.price_version("m".into(), price(1)).await.unwrap();
+        assert!(first < second && second < third);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_missed_forgotten_changes_reads_everything() {
+    for Fixture { store, _folder } in each_store().await {
+        for name in ["ann", "bob", "eve"] {
+            store.add_user(name.into(), "default".into(), 0, None).await.unwrap();
+        }
+        let (newest, changes) = store.changes_since(0).await.unwrap();
+        assert!(!changes.contains(&Change::Account), "{changes:?}");
+        store.forget_changes(10_000 + 3).await.unwrap();
+        let (_, changes) = store.changes_since(0).await.unwrap();
+        assert_eq!(changes[..2], [Change::Group, Change::Account]);
+        assert_eq!(store.changes_since(newest).await.unwrap(), (newest, vec![]));
+    }
+}
+
+#[tokio::test]
+async fn a_removed_accounts_name_can_be_used_again() {
+    for Fixture { store, _folder } in each_store().await {
+        let account = NewAccount {
+            name: "main".into(),
+            endpoint: "up".into(),
+            sealed_key: b"sealed".to_vec(),
+            hint: "aled".into(),
+            base_url: None,
+            models: Some(vec!["m".into()]),
+            weight: 1,
+            tier: 0,
+            concurrency: None,
+        };
+        let first = store.add_account(account.clone()).await.unwrap();
+        assert!(matches!(store.add_account(account.clone()).await, Err(StoreError::Refused(_))));
+        store.remove_account("main".into()).await.unwrap();
+        assert_ne!(store.add_account(account).await.unwrap(), first);
+        assert_eq!(store.accounts().await.unwrap()[0].models, Some(vec!["m".into()]));
+    }
+}
+
+fn line(sequence: u64, user_id: i64, key_id: i64, price_version: i64, charged_nano: i64) -> Line {
+    Line {
+        sequence,
+        request_id: format!("r{sequence}"),
+        client_request_id: Some("theirs".into()),
+        user_id,
+        key_id,
+        ratio_micro: 1_000_000,
+        account_id: None,
+        endpoint: Some("up".into()),
+        model_asked: "m".into(),
+        model: "m".into(),
+        model_upstream: None,
+        price_version,
+        tier: 0,
+        input: 1,
+        cached_input: 0,
+        output: 2,
+        usage_input: Some(1),
+        usage_cached: None,
+        usage_output: Some(2),
+        usage_reasoning: None,
+        counted_input: None,
+        counted_output: Some(3),
+        billed: Billed::Usage,
+        calibration_micro: 1_000_000,
+        estimated: true,
+        flagged: false,
+        hold_nano: 100,
+        charged_nano,
+        absorbed_nano: 0,
+        started_ms: sequence as i64,
+        content_after_ms: Some(5),
+        duration_ms: 6,
+        end_reason: EndReason::Complete,
+        status: 200,
+        tries: 1,
+    }
+}
+
+/// What a line refers to: its key and price.
+async fn referred(store: &Store) -> (i64, i64) {
+    let free = PriceRow { input_nano: 0, cached_input_nano: 0, output_nano: 0, per_call_nano: 0 };
+    let price_version = store.price_version("m".into(), free).await.unwrap();
+    (store.keys(None).await.unwrap()[0].id, price_version)
+}
+
+#[tokio::test]
+async fn a_line_comes_back_as_it_was_shipped_and_once() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        let (key, price) = referred(&store).await;
+        store.grant(boot, user, 100, 0).await.unwrap();
+        let shipped: Vec<Line> = (1..=3).map(|sequence| line(sequence, user, key, price, 10)).collect();
+        store.ship(boot, 0, 2, shipped[..2].to_vec()).await.unwrap();
+        assert!(matches!(store.ship(boot, 0, 3, shipped.clone()).await, Err(StoreError::Moved)));
+        store.ship(boot, 2, 3, shipped[1..].to_vec()).await.unwrap(); // the second one again
+        let mut stored = store.lines(LineFilter { limit: 9, ..LineFilter::default() }).await.unwrap();
+        stored.reverse();
+        assert_eq!(stored.into_iter().map(|(_, line)| line).collect::<Vec<_>>(), shipped);
+        assert_eq!(store.lease(boot, user).await.unwrap().amount_nano, 70);
+        assert_eq!(store.boot(boot).await.unwrap(), Some(BootState { live: true, shipped: 3 }));
+        let filter = LineFilter { user: Some("ann".into()), model: Some("m".into()), since_ms: Some(3), limit: 9 };
+        assert_eq!(store.lines(filter).await.unwrap().len(), 1);
+        let audit = store.audit(|_, _| None).await.unwrap();
+        assert_eq!((audit.lines, audit.charged_nano, audit.users[0].difference_nano()), (3, 30, 0));
+    }
+}
+
+#[tokio::test]
+async fn lines_charge_no_more_than_the_lease_has_and_the_rest_is_absorbed() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        let (key, price) = referred(&store).await;
+        store.grant(boot, user, 50, 0).await.unwrap();
+        let lines = [(1, 40), (2, 30), (3, 5)].map(|(sequence, charge)| line(sequence, user, key, price, charge));
+        store.ship(boot, 0, 3, lines.to_vec()).await.unwrap();
+        let mut stored = store.lines(LineFilter { limit: 9, ..LineFilter::default() }).await.unwrap();
+        stored.reverse();
+        let seen: Vec<_> =
+            stored.iter().map(|(_, line)| (line.charged_nano, line.absorbed_nano, line.flagged)).collect();
+        assert_eq!(seen, [(40, 0, false), (10, 20, true), (0, 5, true)]);
+        assert_eq!(store.audit(|_, _| None).await.unwrap().users[0].difference_nano(), 0);
+    }
+}
+
+#[tokio::test]
+async fn nodes_that_start_together_migrate_once() {
+    let Some(url) = cluster::database() else { return };
+    let url = DatabaseUrl::Postgres(Secret::new(&url));
+    let opening = (0..6).map(|_| {
+        let url = url.clone();
+        tokio::spawn(async move { Store::open(&url).await.map(|_| ()) })
+    });
+    for opened in opening.collect::<Vec<_>>() {
+        opened.await.unwrap().unwrap();
+    }
+    let store = Store::open(&url).await.unwrap();
+    assert_eq!(store.groups().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_binary_older_than_the_schema_refuses_to_serve() {
+    let Some(text) = cluster::database() else { return };
+    let url = DatabaseUrl::Postgres(Secret::new(&text));
+    Store::open(&url).await.unwrap();
+    cluster::run(&text, "INSERT INTO schema_steps (number) VALUES (99)");
+    let refused = Store::open(&url).await.unwrap_err();
+    assert!(matches!(refused, StoreError::SchemaNewer { found: 99 }), "{refused}");
+}
+
+#[tokio::test]
+async fn an_error_of_postgresql_says_no_password() {
+    let url = DatabaseUrl::Postgres(Secret::new("postgres://cat:hunter2@127.0.0.1:1/cats"));
+    let refused = Store::open(&url).await.unwrap_err().to_string();
+    assert!(refused.starts_with("cannot open the database PostgreSQL: ") && !refused.contains("hunter2"), "{refused}");
+}

@@ -58,7 +58,15 @@ impl User {
 pub struct Key {
     pub id: i64,
     pub user: Arc<User>,
+    revoked: AtomicBool,
     expires_ms: Option<i64>,
+}
+
+impl Key {
+    /// Whether it was revoked since it was found; calls that are running see it at their next slice.
+    pub fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Relaxed)
+    }
 }
 
 /// Every key that works, by its hash.
@@ -110,7 +118,7 @@ impl Users {
                 self.write(|tables| rows.into_iter().for_each(|row| tables.put_key(row)));
                 Ok(())
             }
-            Change::Account | Change::Balance(_) => Ok(()),
+            Change::Account | Change::Balance(_) | Change::Short(_) => Ok(()),
         }
     }
 
@@ -153,12 +161,16 @@ impl Tables {
 
     fn put_key(&mut self, row: KeyRow) {
         if let Some(old) = self.hashes.remove(&row.id) {
-            self.keys.remove(&old);
+            let old = self.keys.remove(&old);
+            if let Some(old) = old.filter(|_| row.revoked_ms.is_some()) {
+                old.revoked.store(true, Ordering::Relaxed);
+            }
         }
         let Some(user) = self.users.get(&row.user_id).cloned() else { return };
         if row.revoked_ms.is_none() {
             self.hashes.insert(row.id, row.hash);
-            self.keys.insert(row.hash, Arc::new(Key { id: row.id, user, expires_ms: row.expires_ms }));
+            let (revoked, expires_ms) = (AtomicBool::new(false), row.expires_ms);
+            self.keys.insert(row.hash, Arc::new(Key { id: row.id, user, revoked, expires_ms }));
         }
     }
 }

@@ -10,7 +10,7 @@ use toml::Value;
 use super::decimal::{NANO, parse_nano};
 use super::layers::{Places, Typed};
 use super::problem::{Errors, Place, Problem, below, item};
-use super::raw::{RawEndpoint, RawModel, RawServer, RawTitleCatch};
+use super::raw::{RawEndpoint, RawLedger, RawModel, RawServer, RawTitleCatch};
 use super::url::{is_blank, parse_base_url, parse_database_url};
 use super::*;
 
@@ -101,20 +101,7 @@ pub fn config(typed: Typed, dialects: &[&str]) -> Result<Config, Errors> {
                 answer_bytes_max: c.number("upstream.answer_bytes_max", raw.answer_bytes_max, 32 * MIB, KIB..=GIB),
             }
         },
-        ledger: Ledger {
-            on_low_balance: c.choice(
-                "ledger.on_low_balance",
-                raw.ledger.on_low_balance,
-                &[("clamp", LowBalance::Clamp), ("refuse", LowBalance::Refuse)],
-            ),
-            journal_bytes_max: c.number(
-                "ledger.journal_bytes_max",
-                raw.ledger.journal_bytes_max,
-                GIB,
-                64 * MIB..=1024 * GIB, // four segments: fewer could never be given up
-            ),
-            first_balance_nano: c.amount("ledger.first_balance", raw.ledger.first_balance).unwrap_or(NANO),
-        },
+        ledger: c.ledger(raw.ledger),
         endpoints: c.endpoints(raw.endpoints, dialects),
         models: c.models(raw.models, &served),
         warnings: Vec::new(),
@@ -143,6 +130,34 @@ impl Check {
             self.refuse("currency", format!("expected three to eight letters such as \"USD\", found {currency:?}"));
         }
         currency.to_ascii_uppercase()
+    }
+
+    fn ledger(&mut self, raw: RawLedger) -> Ledger {
+        let ledger = Ledger {
+            on_low_balance: self.choice(
+                "ledger.on_low_balance",
+                raw.on_low_balance,
+                &[("clamp", LowBalance::Clamp), ("refuse", LowBalance::Refuse)],
+            ),
+            journal_bytes_max: self.number(
+                "ledger.journal_bytes_max",
+                raw.journal_bytes_max,
+                GIB,
+                64 * MIB..=1024 * GIB, // four segments: fewer could never be given up
+            ),
+            fence_s: self.number("ledger.fence_s", raw.fence_s, 600, 1..=DAY_S),
+            forfeit_s: self.number("ledger.forfeit_s", raw.forfeit_s, 900, 2..=DAY_S),
+            first_balance_nano: self.amount("ledger.first_balance", raw.first_balance).unwrap_or(NANO),
+        };
+        // The margin is for a node whose clock runs slow, or that was stopped between looking at it and acting.
+        if ledger.forfeit_s < ledger.fence_s + ledger.fence_s.div_ceil(4) {
+            let least = ledger.fence_s + ledger.fence_s.div_ceil(4);
+            self.refuse(
+                "ledger.forfeit_s",
+                format!("expected at least {least}, a quarter above ledger.fence_s, found {}", ledger.forfeit_s),
+            );
+        }
+        ledger
     }
 
     fn database_url(&mut self, typed: Option<String>) -> DatabaseUrl {

@@ -243,6 +243,10 @@ pub struct Ledger {
     pub on_low_balance: LowBalance,
     /// Of the journal on disk, past which new calls are refused.
     pub journal_bytes_max: u64,
+    /// A node that the database has not heard of for so long takes no more calls.
+    pub fence_s: u64,
+    /// And after so long its leases go back to their users.
+    pub forfeit_s: u64,
     /// Of the user that the first start makes.
     pub first_balance_nano: i64,
 }

@@ -118,6 +118,8 @@ pub struct RawUpstream {
 pub struct RawLedger {
     pub on_low_balance: Option<String>,
     pub journal_bytes_max: Option<i64>,
+    pub fence_s: Option<i64>,
+    pub forfeit_s: Option<i64>,
     pub first_balance: Option<toml::Value>,
 }
 

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
+use super::boot::Boot;
 use super::habit::Habit;
 use super::journal::{Mark, Open, Place};
 use super::lease::{CallCount, Purse, Taken};
@@ -33,7 +34,7 @@ const CLIENT_ID_BYTES_MAX: usize = 128;
 /// What a call wants to hold for.
 #[derive(Debug)]
 pub struct Ask<'a> {
-    pub key: &'a Key,
+    pub key: &'a Arc<Key>,
     pub model: &'a Arc<Model>,
     /// The name that the client used.
     pub model_asked: &'a str,
@@ -70,6 +71,7 @@ pub struct Ended {
 #[derive(Debug)]
 pub struct OpenLine {
     ledger: Arc<Ledger>,
+    boot: Arc<Boot>,
     inner: Option<Box<Inner>>,
 }
 
@@ -80,7 +82,7 @@ struct Inner {
     place: Place,
     line: Line,
     model: Arc<Model>,
-    user: Arc<crate::users::User>,
+    key: Arc<Key>,
     habit: Arc<Habit>,
     prompt: PromptText,
     held: i64,
@@ -137,7 +139,8 @@ impl Ledger {
         }
         let (user, model) = (&ask.key.user, ask.model);
         let group = user.group();
-        let purse = self.purse(user.id);
+        let boot = self.boot.load_full();
+        let purse = boot.purse(user.id);
         let (count, alone) =
             CallCount::enter(&purse, group.concurrency).ok_or(Error::TooManyCalls { retry_after_s: 1 })?;
         let habit = self.habit(&model.name);
@@ -154,14 +157,14 @@ impl Ledger {
             |input, output| cost_nano(&model.price, Tokens { input, cached_input: 0, output }, group.ratio_micro);
         let mut prompt = PromptText::new(&ask, model);
         let (mut covered, mut clamp) = (wanted, None);
-        let mut taken = self.cover(&purse, cost(prompt.bound, wanted)).await?;
+        let mut taken = boot.cover(&purse, cost(prompt.bound, wanted)).await?;
         if taken.is_none() {
             // The bound did not fit; the exact count may. Without even the smallest answer's money there is no need to count.
             if purse.room() < cost(1, OUTPUT_CLAMPED_MIN.min(wanted)) {
                 return Err(Error::QuotaExceeded);
             }
             prompt.count().await;
-            taken = self.cover(&purse, cost(prompt.to_hold(), wanted)).await?;
+            taken = boot.cover(&purse, cost(prompt.to_hold(), wanted)).await?;
         }
         if taken.is_none() {
             let input = prompt.to_hold();
@@ -177,7 +180,7 @@ impl Ledger {
         let taken = taken.ok_or(Error::QuotaExceeded)?;
 
         let line = Line {
-            sequence: self.sequence.fetch_add(1, Ordering::Relaxed) + 1,
+            sequence: boot.sequence.fetch_add(1, Ordering::Relaxed) + 1,
             request_id: ask.request_id,
             client_request_id: ask.client_request_id.map(bounded),
             user_id: user.id,
@@ -215,15 +218,15 @@ impl Ledger {
         };
         let open = Open { line, price: model.price };
         let full = |_| Error::NodeUnavailable { reason: "its journal is full", retry_after_s: 5 };
-        let place = self.journal.open(&open).map_err(full)?;
-        self.open.fetch_add(1, Ordering::AcqRel);
+        let place = boot.journal.open(&open).map_err(full)?;
+        boot.open.fetch_add(1, Ordering::AcqRel);
         let inner = Inner {
             purse,
             _count: count,
             place,
             line: open.line,
             model: model.clone(),
-            user: user.clone(),
+            key: ask.key.clone(),
             habit,
             prompt,
             held: taken.keep(),
@@ -238,7 +241,7 @@ impl Ledger {
             content: false,
             upstream_bills: None,
         };
-        Ok(OpenLine { ledger: self.clone(), inner: Some(Box::new(inner)) })
+        Ok(OpenLine { ledger: self.clone(), boot, inner: Some(Box::new(inner)) })
     }
 }
 
@@ -275,22 +278,23 @@ impl OpenLine {
 
     /// Writes MARK: what a crash has to charge, before anything beyond it is handed over. False: nothing may be.
     pub fn mark(&mut self, output: u64) -> bool {
-        let ledger = self.ledger.clone();
+        let boot = self.boot.clone();
         let inner = self.inner_mut();
         if inner.line.content_after_ms.is_none() {
             inner.line.content_after_ms = Some(elapsed_ms(inner.begun));
         }
         let mark =
             Mark { input: inner.prompt.best_guess(), output, hold_nano: inner.held, account_id: inner.line.account_id };
-        ledger.journal.mark(&mut inner.place, inner.line.sequence, &mark)
+        boot.journal.mark(&mut inner.place, inner.line.sequence, &mark)
     }
 
     /// Takes as many further slices as `output` needs from the room that there is, and writes MARK; false when the room
     /// does not have them.
     pub fn take_slices(&mut self, output: u64) -> bool {
+        let fenced = self.boot.is_fenced();
         let inner = self.inner_mut();
         let slices = inner.slices(output);
-        if !inner.may_slice() || !inner.purse.take(inner.slices_nano(slices)) {
+        if fenced || !inner.may_slice() || !inner.purse.take(inner.slices_nano(slices)) {
             return false;
         }
         inner.held += inner.slices_nano(slices);
@@ -300,14 +304,14 @@ impl OpenLine {
 
     /// Asks the store for the money of those slices; `None` when it is not there.
     pub fn slices_from_store(&self, output: u64) -> impl Future<Output = Option<Slices>> + Send + 'static {
-        let (ledger, inner) = (self.ledger.clone(), self.inner());
+        let (boot, inner) = (self.boot.clone(), self.inner());
         let (purse, slices, may) = (inner.purse.clone(), inner.slices(output), inner.may_slice());
         let amount = inner.slices_nano(slices);
         async move {
             if !may {
                 return None;
             }
-            ledger.cover(&purse, amount).await.ok()?.map(|taken| Slices { slices, taken })
+            boot.cover(&purse, amount).await.ok()?.map(|taken| Slices { slices, taken })
         }
     }
 
@@ -349,7 +353,7 @@ impl OpenLine {
     /// Settles the call: END is in the kernel when this returns.
     pub fn end(mut self, ended: Ended) {
         if let Some(inner) = self.inner.take() {
-            inner.settle(&self.ledger, ended);
+            inner.settle(&self.boot, ended);
         }
     }
 }
@@ -369,9 +373,9 @@ impl Drop for OpenLine {
             content: inner.content,
             may_be_billed: inner.called,
         };
-        let ledger = self.ledger.clone();
+        let boot = self.boot.clone();
         let counts = inner.content && inner.prompt.counted.is_none() && inner.prompt.is_long();
-        let settling = Settling(Some((inner, ledger, ended)));
+        let settling = Settling(Some((inner, boot, ended)));
         match tokio::runtime::Handle::try_current() {
             // A hand-over: a worker must not count a long prompt in a drop.
             Ok(runtime) if counts => drop(runtime.spawn_blocking(move || drop(settling))),
@@ -381,19 +385,19 @@ impl Drop for OpenLine {
 }
 
 /// A call that settles when this is dropped: also when the runtime ends and drops the task that it was handed to.
-struct Settling(Option<(Box<Inner>, Arc<Ledger>, Ended)>);
+struct Settling(Option<(Box<Inner>, Arc<Boot>, Ended)>);
 
 impl Drop for Settling {
     fn drop(&mut self) {
-        if let Some((inner, ledger, ended)) = self.0.take() {
-            inner.settle(&ledger, ended);
+        if let Some((inner, boot, ended)) = self.0.take() {
+            inner.settle(&boot, ended);
         }
     }
 }
 
 impl Inner {
     fn may_slice(&self) -> bool {
-        self.sliceable && !self.user.is_frozen()
+        self.sliceable && !self.key.user.is_frozen() && !self.key.is_revoked()
     }
 
     /// Slices that are missing for `output`.
@@ -408,7 +412,7 @@ impl Inner {
         cost_nano(&price, tokens, self.line.ratio_micro)
     }
 
-    fn settle(mut self: Box<Self>, ledger: &Ledger, ended: Ended) {
+    fn settle(mut self: Box<Self>, boot: &Boot, ended: Ended) {
         self.fill_tokens(&ended);
         let Inner { purse, line, model, held, called, begun, upstream_bills, prompt, output_max, .. } = &mut *self;
         line.hold_nano = *held;
@@ -441,10 +445,10 @@ impl Inner {
         }
         let Inner { line, place, _count, purse, held, .. } = *self;
         let charged = line.charged_nano;
-        ledger.journal.end(place, line);
+        boot.journal.end(place, line);
         purse.release(held, charged);
-        ledger.open.fetch_sub(1, Ordering::AcqRel);
-        ledger.ended.notify_waiters();
+        boot.open.fetch_sub(1, Ordering::AcqRel);
+        boot.ended.notify_waiters();
     }
 
     /// Decides what is billed: the upstream's usage when it is there and sane, the count otherwise, nothing without content.

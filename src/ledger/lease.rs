@@ -1,7 +1,7 @@
 //! The money that this node may hold from: one atomic a user, fed by leases from the store.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::Mutex;
 
@@ -13,6 +13,8 @@ const AHEAD_S: i64 = 60;
 const IDLE_S: u64 = 60;
 /// A refusal by the store is believed this long, so that a user without money costs no query a request.
 pub(super) const BROKE_MS: u64 = 200;
+/// Other nodes are asked for a user's money once in this time.
+pub(super) const RECALL_AGAIN_MS: u64 = 2000;
 
 /// One user's money on this node.
 ///
@@ -28,6 +30,10 @@ pub(super) struct Purse {
     pub lease: Mutex<LeaseState>,
     /// Until when (milliseconds of the ledger's clock) the store need not be asked again.
     pub broke_until_ms: AtomicU64,
+    /// When (the same clock) other nodes may be asked again.
+    pub recall_after_ms: AtomicU64,
+    /// Another node asks, and this one is to let it have what is free even while it asks itself.
+    pub yields: AtomicBool,
     spent_in_window: AtomicI64,
     spent_before: AtomicI64,
     window: AtomicU64,
@@ -52,6 +58,8 @@ impl Purse {
             calls: AtomicU32::new(0),
             lease: Mutex::default(),
             broke_until_ms: AtomicU64::new(0),
+            recall_after_ms: AtomicU64::new(0),
+            yields: AtomicBool::new(false),
             spent_in_window: AtomicI64::new(0),
             spent_before: AtomicI64::new(0),
             window: AtomicU64::new(now_s() / AHEAD_S as u64),

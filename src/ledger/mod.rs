@@ -3,6 +3,7 @@
 //! A call is admitted with [`Ledger::open`], which holds money and writes OPEN; the [`OpenLine`] that it returns is
 //! settled exactly once, by [`OpenLine::end`] or by its drop. The protocol is design.md §4b.
 
+mod boot;
 mod habit;
 mod hold;
 mod journal;
@@ -12,48 +13,63 @@ mod prompt;
 
 use std::collections::HashMap;
 use std::io;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use rustix::time::{ClockId, clock_gettime};
-use tokio::sync::Notify;
 
+use boot::{Boot, SHIP_LINES};
 pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS, Slices};
-use journal::{Batch, Journal};
-use lease::{BROKE_MS, Purse, Taken};
 pub use money::{RATIO_ONE, Tokens, cost_nano, output_affordable};
 
-use crate::config::LowBalance;
-use crate::error::Error;
-use crate::store::{BootId, Line, LineCheck, PriceRow, Store, StoreError, random};
+use crate::config::{self, LowBalance};
+use crate::store::{BootId, Line, LineCheck, PriceRow, Store, StoreError};
 
-/// A live boot says so this often.
-const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
-/// Finished lines reach the store this often, or sooner when many wait.
-const SHIP_EVERY: Duration = Duration::from_secs(1);
-/// Lines of one transaction.
-const SHIP_LINES: usize = 500;
+/// A live boot says so at least this often.
+const HEARTBEAT_MAX: Duration = Duration::from_secs(5);
+/// A node that was fenced off tries this often to begin again.
+const BEGIN_AGAIN: Duration = Duration::from_secs(1);
+/// Calls of a boot that was fenced off end with their slice, or when they are over: at most this long.
+const RETIRE_MAX: Duration = Duration::from_secs(3700);
 
 /// The books of this node.
 #[derive(Debug)]
 pub struct Ledger {
     store: Store,
-    journal: Arc<Journal>,
-    boot: BootId,
-    sequence: AtomicU64,
-    purses: RwLock<HashMap<i64, Arc<Purse>>>,
+    journals: PathBuf,
+    journal_bytes_max: u64,
+    clocks: Clocks,
+    boot: ArcSwap<Boot>,
+    /// Boots that were fenced off and have calls or lines left.
+    retired: Mutex<Vec<Arc<Boot>>>,
     habits: RwLock<HashMap<String, Arc<habit::Habit>>>,
     on_low_balance: LowBalance,
-    /// Lines that are open.
-    open: AtomicU64,
-    ended: Notify,
-    shipping: tokio::sync::Mutex<()>,
-    /// Set when the boot is no longer live in the store, or the node has stopped: no more holds.
-    fenced: AtomicBool,
+    /// The node stops: it begins no other boot.
+    stopped: AtomicBool,
     /// Calls that end now were cut off by this node, not by their clients.
     cut_off: AtomicBool,
+}
+
+/// How long a node is believed, in milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Clocks {
+    fence_ms: u64,
+    forfeit_ms: u64,
+}
+
+impl Clocks {
+    /// Several heartbeats fit before the fence.
+    fn heartbeat(self) -> Duration {
+        Duration::from_millis(self.fence_ms / 5).min(HEARTBEAT_MAX)
+    }
+
+    /// Three heartbeats that did not come.
+    fn silent_ms(self) -> u64 {
+        3 * self.heartbeat().as_millis() as u64
+    }
 }
 
 /// Why the ledger cannot start.
@@ -88,83 +104,75 @@ impl From<io::Error> for StartError {
 
 impl Ledger {
     /// Settles what earlier boots left in `journals`, then begins a boot of its own.
-    pub async fn start(
-        store: Store,
-        journals: &Path,
-        journal_bytes_max: u64,
-        on_low_balance: LowBalance,
-    ) -> Result<Arc<Ledger>, StartError> {
+    pub async fn start(store: Store, journals: &Path, bounds: &config::Ledger) -> Result<Arc<Ledger>, StartError> {
         std::fs::create_dir_all(journals)?;
         for dead in journal::dead_boots(journals)? {
             settle_dead(&store, dead).await?;
         }
-        let boot = random();
-        store.begin_boot(boot).await?;
-        let journal = match Journal::create(journals, boot, journal_bytes_max) {
-            Ok(journal) => journal,
-            Err(error) => {
-                store.close_boot(boot).await?; // it never held anything
-                return Err(error.into());
-            }
-        };
-        let ledger = Arc::new(Ledger {
+        let clocks = Clocks { fence_ms: bounds.fence_s * 1000, forfeit_ms: bounds.forfeit_s * 1000 };
+        let boot = Boot::begin(&store, journals, bounds.journal_bytes_max, clocks).await?;
+        Ok(Arc::new(Ledger {
             store,
-            journal,
-            boot,
-            sequence: AtomicU64::new(0),
-            purses: RwLock::default(),
+            journals: journals.to_owned(),
+            journal_bytes_max: bounds.journal_bytes_max,
+            clocks,
+            boot: ArcSwap::new(boot),
+            retired: Mutex::default(),
             habits: RwLock::default(),
-            on_low_balance,
-            open: AtomicU64::new(0),
-            ended: Notify::new(),
-            shipping: tokio::sync::Mutex::default(),
-            fenced: AtomicBool::new(false),
+            on_low_balance: bounds.on_low_balance,
+            stopped: AtomicBool::new(false),
             cut_off: AtomicBool::new(false),
-        });
-        Ok(ledger)
+        }))
     }
 
-    /// Ships lines, says that the boot lives, and returns idle leases, until the returned future is dropped.
+    /// Keeps the boot alive, and begins another when it was fenced off, until the ledger is stopped.
     pub async fn keep(self: Arc<Ledger>) {
-        let mut ship = tokio::time::interval(SHIP_EVERY);
-        let mut heartbeat = tokio::time::interval(HEARTBEAT_EVERY);
-        ship.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
-                _ = ship.tick() => self.ship_logged().await,
-                () = self.journal.lines_wait.notified() => self.ship_logged().await,
-                _ = heartbeat.tick() => {
-                    self.beat().await;
-                    self.return_idle().await;
+            let boot = self.boot.load_full();
+            boot.keep().await;
+            boot.fence();
+            if self.stopped.load(Ordering::Acquire) {
+                return;
+            }
+            tracing::error!("this node was fenced off from the store; it begins again");
+            loop {
+                match Boot::begin(&self.store, &self.journals, self.journal_bytes_max, self.clocks).await {
+                    Ok(next) => break self.boot.store(next),
+                    Err(error) => tracing::warn!(%error, "no other boot can begin yet"),
+                }
+                tokio::time::sleep(BEGIN_AGAIN).await;
+                if self.stopped.load(Ordering::Acquire) {
+                    return;
                 }
             }
+            self.retired_boots().push(boot.clone());
+            tokio::spawn(self.clone().retire(boot));
         }
+    }
+
+    /// Ends a boot that was fenced off, however long its calls and the database take.
+    async fn retire(self: Arc<Ledger>, boot: Arc<Boot>) {
+        while let Err(error) = boot.retire(RETIRE_MAX).await {
+            tracing::warn!(%error, "a boot that was fenced off cannot be closed yet");
+            tokio::time::sleep(BEGIN_AGAIN).await;
+        }
+        self.retired_boots().retain(|retired| !Arc::ptr_eq(retired, &boot));
+    }
+
+    fn retired_boots(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Boot>>> {
+        self.retired.lock().expect("no holder of this lock panics")
     }
 
     /// Waits until every line has ended, at most `patience`; then ships, returns all leases and closes the boot.
     pub async fn stop(&self, patience: Duration) -> Result<(), StoreError> {
-        let all_ended = async {
-            while self.open_lines() > 0 {
-                let ended = self.ended.notified();
-                if self.open_lines() > 0 {
-                    ended.await;
-                }
+        self.stopped.store(true, Ordering::Release);
+        let retired = std::mem::take(&mut *self.retired_boots());
+        for boot in retired {
+            if let Err(error) = boot.retire(patience).await {
+                tracing::warn!(%error, "a boot that was fenced off is left to the next start");
             }
-        };
-        let settled = tokio::time::timeout(patience, all_ended).await.is_ok();
-        self.fenced.store(true, Ordering::Release);
-        while !self.journal.is_shipped() {
-            self.ship().await?;
         }
-        let settled = settled && !self.journal.is_damaged();
-        if settled {
-            self.store.close_boot(self.boot).await?;
-        } else {
-            tracing::warn!(open = self.open_lines(), "calls were still open; the next start settles them");
-        }
-        self.journal.close(settled);
-        Ok(())
+        self.boot.load().retire(patience).await
     }
 
     /// Says that calls which end from now on without an end of their own were cut off by this node.
@@ -174,15 +182,16 @@ impl Ledger {
 
     /// Lines that are open.
     pub fn open_lines(&self) -> u64 {
-        self.open.load(Ordering::Acquire)
+        self.boot.load().open_lines() + self.retired_boots().iter().map(|boot| boot.open_lines()).sum::<u64>()
     }
 
     /// Whether calls can be admitted, and what stands in the way.
     pub fn ready(&self) -> Result<(), &'static str> {
-        if self.fenced.load(Ordering::Acquire) {
+        let boot = self.boot.load();
+        if boot.is_fenced() {
             return Err("this node is fenced off from the store");
         }
-        if self.journal.is_failed() {
+        if boot.journal.is_failed() {
             return Err("the journal cannot be written");
         }
         Ok(())
@@ -190,29 +199,23 @@ impl Ledger {
 
     /// What a user has: balance, what other boots hold, and what is unspent here.
     pub async fn balance_nano(&self, user_id: i64) -> Result<i64, StoreError> {
+        let boot = self.boot.load_full();
         let user = self.store.users(Some(user_id)).await?.pop().ok_or_else(|| StoreError::Absent("user".into()))?;
-        let own = self.store.lease(self.boot, user_id).await?;
-        let unspent = self.known_purse(user_id).map_or(0, |purse| purse.unspent());
+        let own = self.store.lease(boot.id, user_id).await?;
+        let unspent = boot.known_purse(user_id).map_or(0, |purse| purse.unspent());
         Ok(own.balance_nano + user.leased_nano - own.amount_nano + unspent)
     }
 
     /// A balance changed in the store: ask it again at the next need.
     pub fn balance_changed(&self, user_id: i64) {
-        if let Some(purse) = self.known_purse(user_id) {
+        if let Some(purse) = self.boot.load().known_purse(user_id) {
             purse.broke_until_ms.store(0, Ordering::Relaxed);
         }
     }
 
-    fn known_purse(&self, user_id: i64) -> Option<Arc<Purse>> {
-        self.purses.read().expect("no holder of this lock panics").get(&user_id).cloned()
-    }
-
-    fn purse(&self, user_id: i64) -> Arc<Purse> {
-        if let Some(purse) = self.known_purse(user_id) {
-            return purse;
-        }
-        let mut purses = self.purses.write().expect("no holder of this lock panics");
-        purses.entry(user_id).or_insert_with(|| Arc::new(Purse::new(user_id))).clone()
+    /// Another node, or an operator, is short of this user's money: what is free goes back at once.
+    pub async fn asked_back(&self, user_id: i64, asking: BootId) {
+        self.boot.load_full().asked_back(user_id, asking).await;
     }
 
     fn habit(&self, model: &str) -> Arc<habit::Habit> {
@@ -220,157 +223,6 @@ impl Ledger {
             return habit.clone();
         }
         self.habits.write().expect("no holder of this lock panics").entry(model.to_owned()).or_default().clone()
-    }
-
-    /// Holds `amount`, asking the store where room is short; `None` when the money is not there.
-    async fn cover(self: &Arc<Ledger>, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
-        if let Some(taken) = Taken::of(purse, amount) {
-            return Ok(Some(taken));
-        }
-        if self.ready().is_err() {
-            return Err(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 });
-        }
-        // A task of its own: a client that leaves must not leave a grant unbooked, and what was taken for it goes back.
-        let (ledger, purse) = (self.clone(), purse.clone());
-        tokio::spawn(async move { ledger.refill_and_take(&purse, amount).await }).await.map_err(|_| Error::Internal)?
-    }
-
-    async fn refill_and_take(&self, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
-        let mut lease = purse.lease.lock().await;
-        let unavailable = || Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 };
-        if lease.unknown {
-            let row = self.store.lease(self.boot, purse.user_id).await.map_err(|_| unavailable())?;
-            purse.granted(row.granted_nano - lease.granted_nano);
-            *lease = lease::LeaseState { version: row.version, granted_nano: row.granted_nano, unknown: false };
-        }
-        // What a grant brings others may take before this call does: only an empty balance means that there is no money.
-        // Each round takes the amount or moves more of the balance into the room, so it ends.
-        loop {
-            if let Some(taken) = Taken::of(purse, amount) {
-                return Ok(Some(taken));
-            }
-            if now_ms() < purse.broke_until_ms.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            let need = amount.saturating_sub(purse.room()).max(1);
-            match self.store.grant(self.boot, purse.user_id, need, purse.ahead_nano()).await {
-                Ok(row) => {
-                    purse.granted(row.granted_nano - lease.granted_nano);
-                    lease.version = row.version;
-                    lease.granted_nano = row.granted_nano;
-                    if row.balance_nano == 0 {
-                        let taken = Taken::of(purse, amount);
-                        if taken.is_none() {
-                            purse.broke_until_ms.store(now_ms() + BROKE_MS, Ordering::Relaxed);
-                        }
-                        return Ok(taken);
-                    }
-                }
-                Err(StoreError::BootGone) => {
-                    self.fence();
-                    return Err(unavailable());
-                }
-                Err(error) => {
-                    tracing::error!(%error, "a grant failed; its outcome is unknown until the lease is read again");
-                    lease.unknown = true;
-                    return Err(unavailable());
-                }
-            }
-        }
-    }
-
-    async fn return_idle(&self) {
-        let idle: Vec<Arc<Purse>> = {
-            let purses = self.purses.read().expect("no holder of this lock panics");
-            purses.values().filter(|purse| purse.is_idle()).cloned().collect()
-        };
-        for purse in idle {
-            self.return_room(&purse).await;
-        }
-    }
-
-    async fn return_room(&self, purse: &Purse) {
-        let mut lease = purse.lease.lock().await;
-        if lease.unknown {
-            return; // the next refill reads the row first
-        }
-        let amount = purse.drain();
-        if amount == 0 {
-            return;
-        }
-        match self.store.give_back(self.boot, purse.user_id, amount, lease.version).await {
-            Ok(row) => {
-                lease.version = row.version;
-                lease.granted_nano -= amount;
-                debug_assert_eq!(lease.granted_nano, row.granted_nano);
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a return failed; its outcome is unknown until the lease is read again");
-                // If it was not committed, the next read of the row books the amount as granted again.
-                lease.granted_nano -= amount;
-                lease.unknown = true;
-            }
-        }
-    }
-
-    async fn ship_logged(&self) {
-        if let Err(error) = self.ship().await {
-            tracing::error!(%error, "lines could not be shipped; they wait in the journal");
-        }
-    }
-
-    /// Ships what waits, a batch at a time.
-    async fn ship(&self) -> Result<(), StoreError> {
-        let _one_at_a_time = self.shipping.lock().await;
-        loop {
-            let unreadable = |error: std::io::Error| StoreError::Database(format!("the journal: {error}"));
-            let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
-            if to == from {
-                return Ok(());
-            }
-            match self.store.ship(self.boot, from, to, lines).await {
-                Ok(()) => self.journal.shipped(from, to),
-                Err(StoreError::Moved) => {
-                    let boot = self.store.boot(self.boot).await?.ok_or(StoreError::BootGone)?;
-                    if boot.shipped > from {
-                        // An earlier commit went through although nobody heard of it: the watermark knows how far.
-                        self.journal.shipped(boot.shipped, boot.shipped);
-                    } else {
-                        self.rewind(boot.shipped).await?;
-                    }
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    async fn rewind(&self, watermark: u64) -> Result<(), StoreError> {
-        let journal = self.journal.clone();
-        let rewound = tokio::task::spawn_blocking(move || journal.rewind(watermark)).await;
-        rewound
-            .map_err(|error| StoreError::Database(error.to_string()))?
-            .map_err(|error| StoreError::Database(error.to_string()))
-    }
-
-    async fn beat(&self) {
-        let known = self.journal.watermark();
-        match self.store.heartbeat(self.boot).await {
-            Ok(shipped) if shipped < known => {
-                let _nobody_ships = self.shipping.lock().await;
-                if let Err(error) = self.rewind(shipped).await {
-                    tracing::error!(%error, "lines could not be read again");
-                }
-            }
-            Ok(shipped) => self.journal.confirmed(shipped),
-            Err(StoreError::BootGone) => self.fence(),
-            Err(error) => tracing::warn!(%error, "heartbeat failed"),
-        }
-    }
-
-    fn fence(&self) {
-        if !self.fenced.swap(true, Ordering::AcqRel) {
-            tracing::error!("this boot is no longer live in the store: no more calls until restart");
-        }
     }
 }
 
@@ -432,9 +284,9 @@ fn check_line(line: &Line, price: &PriceRow) -> Option<String> {
     })
 }
 
-/// Milliseconds of a clock that only goes forward.
+/// Milliseconds of a clock that only goes forward, also while the machine sleeps.
 fn now_ms() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
+    let now = clock_gettime(ClockId::Boottime);
     now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
 }
 
@@ -442,3 +294,6 @@ fn now_ms() -> u64 {
 fn now_s() -> u64 {
     now_ms() / 1000
 }
+
+#[cfg(test)]
+mod tests;

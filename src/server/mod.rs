@@ -27,7 +27,7 @@ use crate::error::Error;
 use crate::ledger::Ledger;
 use crate::meter::Vocabulary;
 use crate::pool::Pool;
-use crate::store::{Change, MasterKey, Store, StoreError, random};
+use crate::store::{BootId, Change, MasterKey, Notice, Store, StoreError, random};
 use crate::telemetry::RequestIds;
 use crate::upstream::{self, Client, Upstream};
 use crate::users::Users;
@@ -36,6 +36,8 @@ use crate::users::Users;
 const CHANGES_EVERY: Duration = Duration::from_millis(400);
 /// The same where the database tells of changes by itself.
 const CHANGES_ASKED_EVERY: Duration = Duration::from_secs(1);
+/// Who asks for money where the database does not say who.
+const NOBODY: BootId = [0; 16];
 /// Old changes are forgotten after so many new ones.
 const CHANGES_FORGOTTEN_EACH: i64 = 1000;
 /// What streams have to send their last event, once they were told to end.
@@ -127,9 +129,7 @@ impl Server {
     /// Settles what earlier processes left, and reads what the store has.
     pub async fn start(config: Config, store: Store, master: MasterKey, doors: Doors) -> Result<Server, StartError> {
         let journals = config.data_dir.join("journal");
-        let ledger =
-            Ledger::start(store.clone(), &journals, config.ledger.journal_bytes_max, config.ledger.on_low_balance);
-        let ledger = ledger.await?;
+        let ledger = Ledger::start(store.clone(), &journals, &config.ledger).await?;
         let changes = store.change_sequence().await?; // before anything is read, so that no change is missed
         let catalog = Catalog::load(&config, &store).await?;
         warm(&catalog).await;
@@ -216,7 +216,9 @@ async fn watch_changes(gateway: Arc<Gateway>, store: Store, master: MasterKey, m
     for tick in 1u64.. {
         tokio::select! {
             _ = ticks.tick() => {}
-            what = hear(&mut told) => if what != "changes" {
+            notice = hear(&mut told) => if let Notice::Short { user_id, asking } = notice {
+                let ledger = gateway.ledger.clone();
+                tokio::spawn(async move { ledger.asked_back(user_id, asking).await });
                 continue;
             }
         }
@@ -239,6 +241,7 @@ async fn apply_changes(gateway: &Gateway, store: &Store, master: &MasterKey, seq
                 gateway.pool.reload(store, master, &keyless).await?;
             }
             Change::Balance(user_id) => gateway.ledger.balance_changed(*user_id),
+            Change::Short(user_id) => gateway.ledger.asked_back(*user_id, NOBODY).await,
             change => gateway.users.apply(store, change).await?,
         }
     }
@@ -250,7 +253,7 @@ async fn apply_changes(gateway: &Gateway, store: &Store, master: &MasterKey, seq
 }
 
 /// What the database tells; never ready where it does not.
-async fn hear(told: &mut Option<mpsc::Receiver<String>>) -> String {
+async fn hear(told: &mut Option<mpsc::Receiver<Notice>>) -> Notice {
     match told {
         Some(notices) => match notices.recv().await {
             Some(notice) => notice,

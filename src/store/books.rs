@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::tx::{Row, Tx, given};
-use super::{BootId, BootState, LeaseRow, Line, PriceRow, StoreError, now_ms};
+use super::{BootId, BootState, Elsewhere, LeaseOf, LeaseRow, Line, PriceRow, StoreError, now_ms};
 
 pub async fn begin_boot<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
     let now = tx.now_ms().await?;
@@ -107,6 +107,8 @@ pub async fn give_back<T: Tx>(
 }
 
 pub async fn lease<T: Tx>(tx: &T, boot: BootId, user_id: i64) -> Result<LeaseRow, StoreError> {
+    // Behind whatever is still going on with this boot: a commit that nobody heard the end of has happened, or will not.
+    lock_boot(tx, boot).await?;
     let sql = "SELECT coalesce(amount_nano, 0), coalesce(granted_nano, 0), coalesce(version, 0), balance_nano
                FROM users LEFT JOIN leases ON leases.user_id = users.id AND leases.boot = $1 WHERE users.id = $2";
     let row = tx.row(sql, given![boot, user_id]).await?.ok_or_else(|| StoreError::Absent("user".into()))?;
@@ -115,6 +117,75 @@ pub async fn lease<T: Tx>(tx: &T, boot: BootId, user_id: i64) -> Result<LeaseRow
 
 fn lease_of(row: &Row, balance_nano: i64) -> Result<LeaseRow, StoreError> {
     Ok(LeaseRow { amount_nano: row.get(0)?, granted_nano: row.get(1)?, version: row.get(2)?, balance_nano })
+}
+
+pub async fn leased_elsewhere<T: Tx>(
+    tx: &T,
+    boot: BootId,
+    user_id: i64,
+    silent_ms: i64,
+) -> Result<Elsewhere, StoreError> {
+    let heard_ms = tx.now_ms().await? - silent_ms;
+    let sum = |heard: &str| {
+        format!("CAST(coalesce(sum(CASE WHEN boots.seen_ms {heard} $3 THEN amount_nano ELSE 0 END), 0) AS BIGINT)")
+    };
+    let sql = format!(
+        "SELECT {}, {} FROM leases JOIN boots ON boots.id = leases.boot WHERE leases.user_id = $1 AND leases.boot <> $2",
+        sum(">="),
+        sum("<")
+    );
+    let row = tx.row(&sql, given![user_id, boot, heard_ms]).await?.ok_or(StoreError::Moved)?;
+    Ok(Elsewhere { live_nano: row.get(0)?, silent_nano: row.get(1)? })
+}
+
+pub async fn ask_back<T: Tx>(tx: &T, user_id: i64, asking: BootId) -> Result<(), StoreError> {
+    tx.tell_short(user_id, asking).await
+}
+
+pub async fn forfeit_silent<T: Tx>(tx: &T, boot: BootId, forfeit_ms: i64) -> Result<Vec<BootId>, StoreError> {
+    let seen_ms = tx.now_ms().await? - forfeit_ms;
+    let sql =
+        format!("SELECT id FROM boots WHERE state = 'live' AND seen_ms < $1 AND id <> $2 ORDER BY id{}", T::FOR_UPDATE);
+    let mut forfeited = Vec::new();
+    for row in tx.rows(&sql, given![seen_ms, boot]).await? {
+        let silent: BootId = row.get(0)?;
+        forfeit(tx, silent).await?;
+        forfeited.push(silent);
+    }
+    Ok(forfeited)
+}
+
+/// Its row is locked.
+async fn forfeit<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
+    return_leases(tx, boot).await?;
+    tx.execute("UPDATE boots SET state = 'forfeited' WHERE id = $1", given![boot]).await?;
+    Ok(())
+}
+
+pub async fn release_boot<T: Tx>(tx: &T, boot: BootId, silent_ms: i64) -> Result<i64, StoreError> {
+    let sql = format!("SELECT seen_ms FROM boots WHERE id = $1 AND state = 'live'{}", T::FOR_UPDATE);
+    let found = tx.row(&sql, given![boot]).await?.ok_or_else(|| StoreError::Absent("live boot of this id".into()))?;
+    let unheard_ms = tx.now_ms().await? - found.get::<i64>(0)?;
+    if unheard_ms < silent_ms {
+        let heard_s = unheard_ms / 1000;
+        return Err(StoreError::Refused(format!("that boot was heard of {heard_s} s ago: it is alive, stop it first")));
+    }
+    let sql = "SELECT CAST(coalesce(sum(amount_nano), 0) AS BIGINT) FROM leases WHERE boot = $1";
+    let amount = tx.row(sql, given![boot]).await?.ok_or(StoreError::Moved)?.get(0)?;
+    forfeit(tx, boot).await?;
+    Ok(amount)
+}
+
+pub async fn leases<T: Tx>(tx: &T) -> Result<Vec<LeaseOf>, StoreError> {
+    let now = tx.now_ms().await?;
+    let sql = "SELECT leases.boot, users.name, amount_nano, boots.seen_ms FROM leases
+               JOIN boots ON boots.id = leases.boot JOIN users ON users.id = leases.user_id
+               ORDER BY boots.started_ms, leases.boot, users.name";
+    let read = |row: &Row| {
+        let unheard_ms = now - row.get::<i64>(3)?;
+        Ok(LeaseOf { boot: row.get(0)?, user: row.get(1)?, amount_nano: row.get(2)?, unheard_ms })
+    };
+    tx.rows(sql, &[]).await?.iter().map(read).collect()
 }
 
 pub async fn ship<T: Tx>(tx: &T, boot: BootId, from: u64, to: u64, mut lines: Vec<Line>) -> Result<(), StoreError> {

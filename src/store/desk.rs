@@ -56,6 +56,7 @@ pub async fn changes_since<T: Tx>(tx: &T, sequence: i64) -> Result<(i64, Vec<Cha
             "key" => Change::Key(id),
             "account" => Change::Account,
             "balance" => Change::Balance(id),
+            "short" => Change::Short(id),
             _ => Change::Group,
         });
     }

@@ -26,10 +26,10 @@ use sqlite::{Sqlite, at_once};
 
 pub use audit::{Audit, LineCheck, UserSums};
 pub use rows::{
-    AccountRow, Billed, BootId, BootState, Change, EndReason, GroupRow, KeyRow, LeaseRow, Line, LineFilter, NewAccount,
-    PriceRow, UserRow,
+    AccountRow, Billed, BootId, BootState, Change, Elsewhere, EndReason, GroupRow, KeyRow, LeaseOf, LeaseRow, Line,
+    LineFilter, NewAccount, Notice, PriceRow, UserRow,
 };
-pub use seal::{MasterKey, SealError, hex, random};
+pub use seal::{MasterKey, SealError, hex, random, unhex};
 
 /// Why the store did not do what was asked.
 #[derive(Debug)]
@@ -92,7 +92,7 @@ impl Store {
     }
 
     /// Tells when another node changed something, or asks for a user's money; `None` where there are no other nodes.
-    pub fn listen(&self) -> Option<mpsc::Receiver<String>> {
+    pub fn listen(&self) -> Option<mpsc::Receiver<Notice>> {
         match &self.0 {
             Database::Sqlite(_) => None,
             Database::Postgres(postgres) => Some(postgres.listen()),
@@ -146,7 +146,17 @@ transactions! {
     /// Moves money back; `Moved` when the lease is not at `version`.
     write books::give_back(boot: BootId, user_id: i64, amount_nano: i64, version: i64) -> LeaseRow;
     /// Reads a lease again, after a commit whose outcome is unknown.
-    read books::lease(boot: BootId, user_id: i64) -> LeaseRow;
+    write books::lease(boot: BootId, user_id: i64) -> LeaseRow;
+    /// What other boots have leased of a user's money, by whether they were heard of within `silent_ms`.
+    read books::leased_elsewhere(boot: BootId, user_id: i64, silent_ms: i64) -> Elsewhere;
+    /// Asks every other node to give back what it has free of a user's money.
+    write books::ask_back(user_id: i64, asking: BootId) -> ();
+    /// Gives back what boots have leased that were not heard of for `forfeit_ms`, by the database's clock; which they are.
+    write books::forfeit_silent(boot: BootId, forfeit_ms: i64) -> Vec<BootId>;
+    /// Gives back what one boot has leased, if it was not heard of for `silent_ms`; how much, in nano-units.
+    write books::release_boot(boot: BootId, silent_ms: i64) -> i64;
+    /// All leases, the oldest boot first.
+    read books::leases() -> Vec<LeaseOf>;
     /// Stores lines and takes their charges out of the boot's leases, if the watermark still is `from`; it becomes `to`.
     /// What a lease does not have is absorbed.
     write books::ship(boot: BootId, from: u64, to: u64, lines: Vec<Line>) -> ();

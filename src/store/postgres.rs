@@ -15,8 +15,9 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::lines::{LINE_COLUMNS_ALL, fields};
+use super::seal::{hex, unhex};
 use super::tx::{Cell, Row, Tx, Value};
-use super::{BootId, Line, StoreError, migrate};
+use super::{BootId, Line, Notice, StoreError, migrate};
 
 /// Connections of a node: its shipper, its heartbeat, and a few grants at a time.
 const CONNECTIONS: usize = 8;
@@ -90,7 +91,7 @@ impl Postgres {
 
     /// Tells of new rows in `changes`, and of users whose money another node asks for, for as long as the receiver
     /// lives; connects again by itself.
-    pub fn listen(&self) -> mpsc::Receiver<String> {
+    pub fn listen(&self) -> mpsc::Receiver<Notice> {
         let (told, notices) = mpsc::channel(NOTICES_MAX);
         let (config, tls) = (self.config.clone(), self.tls.clone());
         tokio::spawn(async move {
@@ -105,7 +106,7 @@ impl Postgres {
     }
 }
 
-async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Sender<String>) -> Result<(), StoreError> {
+async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Sender<Notice>) -> Result<(), StoreError> {
     let (client, mut connection) = config.connect(tls.clone()).await?;
     let mut listen = pin!(client.batch_execute("LISTEN gpt_cat"));
     let mut listening = false;
@@ -117,7 +118,7 @@ async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Send
             }
             message = std::future::poll_fn(|cx| connection.poll_message(cx)) => match message {
                 Some(Ok(AsyncMessage::Notification(notice))) => {
-                    let _ = told.try_send(notice.payload().to_owned()); // a full queue has said it already
+                    let _ = told.try_send(read_notice(notice.payload())); // a full queue has said it already
                 }
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(error.into()),
@@ -125,6 +126,15 @@ async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Send
             },
             () = told.closed() => return Ok(()),
         }
+    }
+}
+
+/// What a notice says; one that is not understood is a reason to look.
+fn read_notice(payload: &str) -> Notice {
+    let mut words = payload.split(' ');
+    match (words.next(), words.next().map(str::parse), words.next().and_then(unhex)) {
+        (Some("short"), Some(Ok(user_id)), Some(asking)) => Notice::Short { user_id, asking },
+        _ => Notice::Changes,
     }
 }
 
@@ -266,6 +276,12 @@ impl Tx for PgTx<'_> {
 
     async fn snapshot(&self) -> Result<(), StoreError> {
         self.batch("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ").await
+    }
+
+    async fn tell_short(&self, user_id: i64, asking: BootId) -> Result<(), StoreError> {
+        let notice = format!("short {user_id} {}", hex(&asking));
+        self.query("SELECT pg_notify('gpt_cat', $1)", &[&notice]).await?;
+        Ok(())
     }
 
     async fn insert_lines(&self, boot: BootId, lines: &[Line]) -> Result<Vec<u64>, StoreError> {

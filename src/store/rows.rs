@@ -94,6 +94,33 @@ pub struct LeaseRow {
     pub balance_nano: i64,
 }
 
+/// What other boots have leased of a user's money, in nano-units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Elsewhere {
+    pub live_nano: i64,
+    /// Of boots that nobody has heard of lately.
+    pub silent_nano: i64,
+}
+
+/// A lease, as an operator sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseOf {
+    pub boot: BootId,
+    pub user: String,
+    pub amount_nano: i64,
+    /// Since the boot was heard of, by the database's clock.
+    pub unheard_ms: i64,
+}
+
+/// What the database tells its nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// There are new rows in `changes`.
+    Changes,
+    /// A boot is short of a user's money.
+    Short { user_id: i64, asking: BootId },
+}
+
 /// A price in force from some moment on; nano-units per million tokens, and per call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PriceRow {
@@ -111,6 +138,8 @@ pub enum Change {
     Key(i64),
     Account,
     Balance(i64),
+    /// An operator is short of this user's money, on a database that has no other way to say so.
+    Short(i64),
 }
 
 /// What a charge was computed from.

@@ -50,7 +50,7 @@ impl MasterKey {
             Some(hex) => hex.to_owned(),
             None => read_or_make(file).map_err(|error| SealError::File(file.display().to_string(), error))?,
         };
-        let key = unhex(hex.trim()).ok_or(SealError::NotHex)?;
+        let key: [u8; KEY_BYTES] = unhex(hex.trim()).ok_or(SealError::NotHex)?;
         Ok(MasterKey(ChaCha20Poly1305::new(&key.into())))
     }
 
@@ -104,7 +104,8 @@ fn read_or_make(file: &Path) -> io::Result<String> {
     }
 }
 
-fn unhex(hex: &str) -> Option<[u8; KEY_BYTES]> {
+/// Undoes [`hex()`]; `None` when there are not exactly so many digits.
+pub fn unhex<const N: usize>(hex: &str) -> Option<[u8; N]> {
     let digits: Vec<u8> =
         hex.chars().map(|digit| digit.to_digit(16).map(|value| value as u8)).collect::<Option<_>>()?;
     let bytes: Vec<u8> = digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect();

@@ -131,6 +131,11 @@ impl Tx for Transaction<'_> {
         Ok(())
     }
 
+    async fn tell_short(&self, user_id: i64, _asking: BootId) -> Result<(), StoreError> {
+        self.execute("INSERT INTO changes (kind, row_id) VALUES ('short', $1)", &[user_id.into()]).await?;
+        Ok(())
+    }
+
     async fn insert_lines(&self, boot: BootId, lines: &[Line]) -> Result<Vec<u64>, StoreError> {
         let mut insert = self.prepare_cached(LINE_INSERT)?;
         let mut inserted = Vec::with_capacity(lines.len());

@@ -164,6 +164,9 @@ pub trait Tx {
     /// Takes charges, by user, out of a boot's leases.
     async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<(), StoreError>;
 
+    /// Tells every node that `asking` is short of a user's money, once this transaction has committed.
+    async fn tell_short(&self, user_id: i64, asking: BootId) -> Result<(), StoreError>;
+
     /// The first row of a statement.
     async fn row(&self, sql: &str, given: &[Value]) -> Result<Option<Row>, StoreError> {
         Ok(self.rows(sql, given).await?.into_iter().next())

@@ -1,0 +1,419 @@
+//! One life of this node in the books: a boot, what it has leased, its journal, and the clock that it is fenced by.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use tokio::sync::{Mutex, MutexGuard, Notify};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+
+use super::journal::{Batch, Journal};
+use super::lease::{BROKE_MS, LeaseState, Purse, RECALL_AGAIN_MS, Taken};
+use super::{Clocks, StartError, now_ms};
+use crate::error::Error;
+use crate::store::{BootId, Store, StoreError, random};
+
+/// Finished lines reach the store this often, or sooner when many wait.
+const SHIP_EVERY: Duration = Duration::from_secs(1);
+/// Lines of one transaction.
+pub(super) const SHIP_LINES: usize = 500;
+/// A node that is short of money asks others for it so long.
+const RECALL_MAX: Duration = Duration::from_secs(1);
+/// How often it looks whether they have given some back, and after how many looks in vain it gives up early.
+const RECALL_EVERY: Duration = Duration::from_millis(60);
+const RECALL_IN_VAIN: u32 = 6;
+
+const UNANSWERED: Error = Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 };
+
+/// One life of one process, or a part of it: a node that was fenced off begins another.
+#[derive(Debug)]
+pub(super) struct Boot {
+    pub id: BootId,
+    pub journal: Arc<Journal>,
+    store: Store,
+    clocks: Clocks,
+    /// Numbers of calls.
+    pub sequence: AtomicU64,
+    purses: RwLock<HashMap<i64, Arc<Purse>>>,
+    /// Lines that are open.
+    pub open: AtomicU64,
+    pub ended: Notify,
+    shipping: Mutex<()>,
+    /// When this boot stops taking money, on the ledger's clock: its last heartbeat, read before it was sent, and the
+    /// fence's time.
+    fence_ms: AtomicU64,
+    /// The boot is no longer live in the store, or the node has stopped: no more holds.
+    fenced: AtomicBool,
+    fence_noticed: Notify,
+    /// Since when its heartbeats have come without a gap.
+    unbroken_since_ms: AtomicU64,
+}
+
+impl Boot {
+    /// Registers a boot and makes its journal.
+    pub async fn begin(
+        store: &Store,
+        journals: &Path,
+        journal_bytes_max: u64,
+        clocks: Clocks,
+    ) -> Result<Arc<Boot>, StartError> {
+        let (id, began_ms) = (random(), now_ms());
+        store.begin_boot(id).await?;
+        let journal = match Journal::create(journals, id, journal_bytes_max) {
+            Ok(journal) => journal,
+            Err(error) => {
+                store.close_boot(id).await?; // it never held anything
+                return Err(error.into());
+            }
+        };
+        Ok(Arc::new(Boot {
+            id,
+            journal,
+            store: store.clone(),
+            clocks,
+            sequence: AtomicU64::new(0),
+            purses: RwLock::default(),
+            open: AtomicU64::new(0),
+            ended: Notify::new(),
+            shipping: Mutex::default(),
+            fence_ms: AtomicU64::new(began_ms + clocks.fence_ms),
+            fenced: AtomicBool::new(false),
+            fence_noticed: Notify::new(),
+            unbroken_since_ms: AtomicU64::new(began_ms),
+        }))
+    }
+
+    /// Ships lines, says that the boot lives, returns idle leases and looks after boots that died, until it is fenced.
+    pub async fn keep(self: &Arc<Boot>) {
+        let shipping = async {
+            let mut ticks = interval(SHIP_EVERY);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                tokio::select! {
+                    _ = ticks.tick() => {}
+                    () = self.journal.lines_wait.notified() => {}
+                }
+                self.ship_logged().await;
+            }
+        };
+        let living = async {
+            let mut ticks = interval(self.clocks.heartbeat());
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                self.beat().await;
+                self.return_idle().await;
+                self.forfeit_dead().await;
+            }
+        };
+        let fencing = async {
+            while !self.is_fenced() {
+                let left = self.fence_ms.load(Ordering::Acquire).saturating_sub(now_ms());
+                tokio::select! {
+                    () = sleep(Duration::from_millis(left.max(1))) => {}
+                    () = self.fence_noticed.notified() => {}
+                }
+            }
+        };
+        tokio::select! {
+            () = shipping => {}
+            () = living => {}
+            () = fencing => {}
+        }
+    }
+
+    /// Ends a boot that takes no more calls: waits until those that are open have ended, at most `patience`, ships, and
+    /// returns what is leased. A boot whose calls have not ended, or whose journal is damaged, is left to a replay.
+    pub async fn retire(&self, patience: Duration) -> Result<(), StoreError> {
+        self.fence();
+        let all_ended = async {
+            while self.open_lines() > 0 {
+                let ended = self.ended.notified();
+                if self.open_lines() > 0 {
+                    ended.await;
+                }
+            }
+        };
+        let settled = tokio::time::timeout(patience, all_ended).await.is_ok();
+        while !self.journal.is_shipped() {
+            self.ship().await?;
+        }
+        let settled = settled && !self.journal.is_damaged();
+        if settled {
+            self.store.close_boot(self.id).await?;
+        } else {
+            tracing::warn!(open = self.open_lines(), "calls were still open; the next start settles them");
+        }
+        self.journal.close(settled);
+        Ok(())
+    }
+
+    /// Lines that are open.
+    pub fn open_lines(&self) -> u64 {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Whether it may take no more money.
+    pub fn is_fenced(&self) -> bool {
+        self.fenced.load(Ordering::Acquire) || now_ms() >= self.fence_ms.load(Ordering::Acquire)
+    }
+
+    /// Takes no more money from here on.
+    pub fn fence(&self) {
+        self.fenced.store(true, Ordering::Release);
+        self.fence_noticed.notify_waiters();
+    }
+
+    pub fn known_purse(&self, user_id: i64) -> Option<Arc<Purse>> {
+        self.purses.read().expect("no holder of this lock panics").get(&user_id).cloned()
+    }
+
+    pub fn purse(&self, user_id: i64) -> Arc<Purse> {
+        if let Some(purse) = self.known_purse(user_id) {
+            return purse;
+        }
+        let mut purses = self.purses.write().expect("no holder of this lock panics");
+        purses.entry(user_id).or_insert_with(|| Arc::new(Purse::new(user_id))).clone()
+    }
+
+    /// Holds `amount`, asking the store and other nodes where room is short; `None` when the money is not there.
+    pub async fn cover(self: &Arc<Boot>, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
+        if self.is_fenced() {
+            return Err(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 });
+        }
+        if let Some(taken) = Taken::of(purse, amount) {
+            return Ok(Some(taken));
+        }
+        // A task of its own: a client that leaves must not leave a grant unbooked, and what was taken for it goes back.
+        let (boot, purse) = (self.clone(), purse.clone());
+        tokio::spawn(async move { boot.refill_and_take(&purse, amount).await }).await.map_err(|_| Error::Internal)?
+    }
+
+    async fn refill_and_take(&self, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
+        let mut lease = purse.lease.lock().await;
+        self.know(purse, &mut lease).await.map_err(|_| UNANSWERED)?;
+        let mut recall = Recall::default();
+        // What a grant brings others may take before this call does: only an empty balance means that there is no money.
+        // Each round takes the amount or moves more of the balance into the room, so it ends.
+        loop {
+            if let Some(taken) = Taken::of(purse, amount) {
+                return Ok(Some(taken));
+            }
+            if now_ms() < purse.broke_until_ms.load(Ordering::Relaxed) && recall.since.is_none() {
+                return Ok(None);
+            }
+            let need = amount.saturating_sub(purse.room()).max(1);
+            let row = match self.store.grant(self.id, purse.user_id, need, purse.ahead_nano()).await {
+                Ok(row) => row,
+                Err(StoreError::BootGone) => {
+                    tracing::error!("this boot is no longer live in the store");
+                    self.fence();
+                    return Err(UNANSWERED);
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a grant failed; its outcome is unknown until the lease is read again");
+                    lease.unknown = true;
+                    return Err(UNANSWERED);
+                }
+            };
+            let brought = row.granted_nano - lease.granted_nano;
+            purse.granted(brought);
+            (lease.version, lease.granted_nano) = (row.version, row.granted_nano);
+            if row.balance_nano > 0 {
+                continue;
+            }
+            if let Some(taken) = Taken::of(purse, amount) {
+                return Ok(Some(taken));
+            }
+            let elsewhere = self.store.leased_elsewhere(self.id, purse.user_id, self.clocks.silent_ms() as i64).await;
+            let elsewhere = elsewhere.map_err(|_| UNANSWERED)?;
+            if elsewhere.live_nano > 0 && self.recall(purse, &mut lease, &mut recall, brought).await {
+                continue;
+            }
+            purse.broke_until_ms.store(now_ms() + BROKE_MS, Ordering::Relaxed);
+            // Money that a silent node has comes back, later; money that nobody has does not.
+            return if amount.saturating_sub(purse.room()) <= elsewhere.silent_nano {
+                Err(Error::BalanceLocked { retry_after_s: self.clocks.forfeit_ms.div_ceil(1000).min(60) })
+            } else {
+                Ok(None)
+            };
+        }
+    }
+
+    /// Asks other nodes for a user's free room and waits a little; false when that has lasted long enough.
+    async fn recall(&self, purse: &Purse, lease: &mut LeaseState, recall: &mut Recall, brought: i64) -> bool {
+        let since = match recall.since {
+            Some(since) => since,
+            None if now_ms() < purse.recall_after_ms.load(Ordering::Relaxed) => return false,
+            None => {
+                purse.recall_after_ms.store(now_ms() + RECALL_AGAIN_MS, Ordering::Relaxed);
+                if self.store.ask_back(purse.user_id, self.id).await.is_err() {
+                    return false;
+                }
+                *recall.since.insert(Instant::now())
+            }
+        };
+        recall.in_vain = if brought > 0 { 0 } else { recall.in_vain + 1 };
+        if since.elapsed() >= RECALL_MAX || recall.in_vain > RECALL_IN_VAIN {
+            return false;
+        }
+        // Two nodes that ask each other would both keep what they have: the one that is told to yields.
+        if purse.yields.swap(false, Ordering::AcqRel) {
+            self.give_back(purse, lease).await;
+        }
+        sleep(RECALL_EVERY).await;
+        true
+    }
+
+    /// Another node asks for this user's money: what is free goes back at once.
+    pub async fn asked_back(&self, user_id: i64, asking: BootId) {
+        if asking == self.id {
+            return;
+        }
+        let Some(purse) = self.known_purse(user_id) else { return };
+        if asking > self.id {
+            purse.yields.store(true, Ordering::Release);
+        }
+        if let Ok(mut lease) = purse.lease.try_lock() {
+            purse.yields.store(false, Ordering::Release);
+            self.give_back(&purse, &mut lease).await;
+        }
+    }
+
+    /// Reads a lease again whose last commit nobody heard the end of.
+    async fn know(&self, purse: &Purse, lease: &mut LeaseState) -> Result<(), StoreError> {
+        if lease.unknown {
+            let row = self.store.lease(self.id, purse.user_id).await?;
+            purse.granted(row.granted_nano - lease.granted_nano);
+            *lease = LeaseState { version: row.version, granted_nano: row.granted_nano, unknown: false };
+        }
+        Ok(())
+    }
+
+    async fn return_idle(&self) {
+        let idle: Vec<Arc<Purse>> = {
+            let purses = self.purses.read().expect("no holder of this lock panics");
+            purses.values().filter(|purse| purse.is_idle()).cloned().collect()
+        };
+        for purse in idle {
+            let mut lease: MutexGuard<'_, LeaseState> = purse.lease.lock().await;
+            self.give_back(&purse, &mut lease).await;
+        }
+    }
+
+    /// Returns all free room.
+    async fn give_back(&self, purse: &Purse, lease: &mut LeaseState) {
+        if self.know(purse, lease).await.is_err() {
+            return; // the next one reads it
+        }
+        let amount = purse.drain();
+        if amount == 0 {
+            return;
+        }
+        // If it is not committed, the next read of the row books the amount as granted again.
+        lease.granted_nano -= amount;
+        match self.store.give_back(self.id, purse.user_id, amount, lease.version).await {
+            Ok(row) => {
+                lease.version = row.version;
+                debug_assert_eq!(lease.granted_nano, row.granted_nano);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a return failed; its outcome is unknown until the lease is read again");
+                lease.unknown = true;
+            }
+        }
+    }
+
+    async fn ship_logged(&self) {
+        if let Err(error) = self.ship().await {
+            tracing::error!(%error, "lines could not be shipped; they wait in the journal");
+        }
+    }
+
+    /// Ships what waits, a batch at a time.
+    pub async fn ship(&self) -> Result<(), StoreError> {
+        let _one_at_a_time = self.shipping.lock().await;
+        loop {
+            let unreadable = |error: std::io::Error| StoreError::Database(format!("the journal: {error}"));
+            let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
+            if to == from {
+                return Ok(());
+            }
+            match self.store.ship(self.id, from, to, lines).await {
+                Ok(()) => self.journal.shipped(from, to),
+                Err(StoreError::Moved) => {
+                    let boot = self.store.boot(self.id).await?.ok_or(StoreError::BootGone)?;
+                    if boot.shipped > from {
+                        // An earlier commit went through although nobody heard of it: the watermark knows how far.
+                        self.journal.shipped(boot.shipped, boot.shipped);
+                    } else {
+                        self.rewind(boot.shipped).await?;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn rewind(&self, watermark: u64) -> Result<(), StoreError> {
+        let journal = self.journal.clone();
+        let rewound = tokio::task::spawn_blocking(move || journal.rewind(watermark)).await;
+        let unread = |error: String| StoreError::Database(format!("the journal: {error}"));
+        rewound.map_err(|error| unread(error.to_string()))?.map_err(|error| unread(error.to_string()))
+    }
+
+    /// Says that the boot lives, which moves its fence.
+    async fn beat(&self) {
+        let (sent_ms, known) = (now_ms(), self.journal.watermark());
+        match self.store.heartbeat(self.id).await {
+            Ok(shipped) => {
+                let before = self.fence_ms.swap(sent_ms + self.clocks.fence_ms, Ordering::AcqRel);
+                if sent_ms.saturating_sub(before.saturating_sub(self.clocks.fence_ms)) > self.clocks.silent_ms() {
+                    self.unbroken_since_ms.store(sent_ms, Ordering::Relaxed);
+                }
+                if shipped >= known {
+                    return self.journal.confirmed(shipped);
+                }
+                let _nobody_ships = self.shipping.lock().await;
+                if let Err(error) = self.rewind(shipped).await {
+                    tracing::error!(%error, "lines could not be read again");
+                }
+            }
+            Err(StoreError::BootGone) => {
+                tracing::error!("this boot is no longer live in the store");
+                self.fence();
+            }
+            Err(error) => tracing::warn!(%error, "heartbeat failed"),
+        }
+    }
+
+    /// Gives back what boots have leased that nobody has heard of for too long, if this node was there all the time: a
+    /// database that was away makes nobody a forfeiter.
+    async fn forfeit_dead(&self) {
+        let unbroken_ms = now_ms().saturating_sub(self.unbroken_since_ms.load(Ordering::Relaxed));
+        if unbroken_ms < self.clocks.forfeit_ms {
+            return;
+        }
+        match self.store.forfeit_silent(self.id, self.clocks.forfeit_ms as i64).await {
+            Ok(forfeited) => {
+                for boot in forfeited {
+                    tracing::error!(
+                        boot = crate::store::hex(&boot),
+                        "a silent boot was forfeited: its leases went back"
+                    );
+                }
+            }
+            Err(error) => tracing::warn!(%error, "silent boots could not be looked for"),
+        }
+    }
+}
+
+/// A recall that is going on.
+#[derive(Debug, Default)]
+struct Recall {
+    since: Option<Instant>,
+    /// Looks since the last one that brought something.
+    in_vain: u32,
+}

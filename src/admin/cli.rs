@@ -2,6 +2,7 @@
 
 use std::io::{self, BufRead, IsTerminal, Read, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
@@ -9,8 +10,8 @@ use serde_json::Value;
 use super::listing::Listing;
 use super::{NewKey, hint, show};
 use crate::config::Config;
-use crate::config::decimal::parse_nano;
-use crate::store::{LineCheck, LineFilter, MasterKey, NewAccount, Store, now_ms};
+use crate::config::decimal::{Nano, parse_nano};
+use crate::store::{BootId, LineCheck, LineFilter, MasterKey, NewAccount, NewGroup, Store, StoreError, now_ms, unhex};
 
 /// A gateway for large language models: keys, balances and a pool of accounts behind OpenAI's API.
 #[derive(Debug, Parser)]
@@ -36,6 +37,12 @@ pub enum Command {
     /// Keys of users
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Groups of users: price ratio, models, calls in flight
+    #[command(subcommand)]
+    Group(GroupCommand),
+    /// What nodes have leased of users' money
+    #[command(subcommand)]
+    Lease(LeaseCommand),
     /// Accounts at providers
     #[command(subcommand)]
     Account(AccountCommand),
@@ -74,6 +81,19 @@ pub enum UserCommand {
         #[arg(long, default_value = "")]
         note: String,
     },
+    /// Take money, which running nodes give back first if it is free
+    Debit {
+        name: String,
+        #[arg(value_parser = credit)]
+        amount: i64,
+        #[arg(long, default_value = "")]
+        note: String,
+    },
+    /// Move a user into a group
+    Group {
+        name: String,
+        group: String,
+    },
     /// Refuse all requests of a user
     Freeze {
         name: String,
@@ -99,6 +119,35 @@ pub enum KeyCommand {
     Revoke {
         /// As `key list` shows it
         id: i64,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum GroupCommand {
+    List,
+    /// Add a group, or change the one of this name; what is not given stays
+    Set {
+        name: String,
+        /// Prices of its users are multiplied by it
+        #[arg(long, value_parser = ratio)]
+        ratio: Option<i64>,
+        /// Models that its users may call, separated by commas; "all" for all
+        #[arg(long, value_delimiter = ',')]
+        models: Option<Vec<String>>,
+        /// Calls in flight of one user; 0 for no limit
+        #[arg(long)]
+        concurrency: Option<u32>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum LeaseCommand {
+    List,
+    /// Give back what a boot has leased that is silent, now and not after ledger.forfeit_s; what its calls still cost is
+    /// the operator's
+    Release {
+        /// As `lease list` shows it
+        boot: String,
     },
 }
 
@@ -176,6 +225,18 @@ fn credit(text: &str) -> Result<i64, String> {
     parse_nano(text).and_then(|nano| if nano < 0 { Err("it must not be below zero".into()) } else { Ok(nano) })
 }
 
+/// A price ratio in millionths.
+fn ratio(text: &str) -> Result<i64, String> {
+    let micro = parse_nano(text)? / 1000;
+    if (0..=1_000_000_000).contains(&micro) { Ok(micro) } else { Err("expected 0 to 1000".into()) }
+}
+
+/// A debit asks nodes for leased money this often, and so many times.
+const DEBIT_AGAIN: Duration = Duration::from_millis(500);
+const DEBIT_TRIES: u32 = 6;
+/// Who asks for it: no boot has this id.
+const OPERATOR: BootId = [0; 16];
+
 /// A key is no longer than this.
 const KEY_BYTES_MAX: u64 = 8 << 10;
 
@@ -202,6 +263,24 @@ impl Desk<'_> {
             Command::User(UserCommand::Credit { name, amount, note }) => {
                 store.credit(name.clone(), amount, note).await?;
                 self.print(&show::user(store, name).await?)
+            }
+            Command::User(UserCommand::Debit { name, amount, note }) => self.debit(name, amount, note).await,
+            Command::User(UserCommand::Group { name, group }) => {
+                store.set_group(name.clone(), group).await?;
+                self.print(&show::user(store, name).await?)
+            }
+            Command::Group(GroupCommand::List) => self.print(&show::groups(store).await?),
+            Command::Group(GroupCommand::Set { name, ratio, models, concurrency }) => {
+                let models = models.map(|models| (models != ["all"]).then_some(models));
+                let concurrency = concurrency.map(|limit| (limit > 0).then_some(limit));
+                store.put_group(NewGroup { name, ratio_micro: ratio, models, concurrency }).await?;
+                self.print(&show::groups(store).await?)
+            }
+            Command::Lease(LeaseCommand::List) => self.print(&show::leases(store).await?),
+            Command::Lease(LeaseCommand::Release { boot }) => {
+                let boot = unhex(&boot).ok_or("a boot is 32 hexadecimal digits, as `lease list` shows them")?;
+                let released = store.release_boot(boot, self.config.ledger.silent_ms() as i64).await?;
+                self.print(&Listing::one(&["released"], vec![Nano(released).to_string().into()]))
             }
             Command::User(UserCommand::Freeze { name }) => self.freeze(name, true).await,
             Command::User(UserCommand::Unfreeze { name }) => self.freeze(name, false).await,
@@ -236,6 +315,24 @@ impl Desk<'_> {
         let new = NewKey::random();
         self.store.add_user(name.clone(), group, balance, Some((new.hash, new.hint))).await?;
         self.print(&Listing::one(&["user", "key"], vec![name.into(), new.key.into()]))
+    }
+
+    /// Takes money; what nodes have leased and free is called back for it.
+    async fn debit(&self, name: String, amount: i64, note: String) -> Result<bool, Failure> {
+        for _ in 0..DEBIT_TRIES {
+            match self.store.debit(name.clone(), amount, note.clone()).await {
+                Ok(_) => return self.print(&show::user(self.store, name).await?),
+                Err(StoreError::Refused(_)) if self.store.user(name.clone()).await?.leased_nano > 0 => {}
+                Err(error) => return Err(error.into()),
+            }
+            let user = self.store.user(name.clone()).await?;
+            self.store.ask_back(user.id, OPERATOR).await?;
+            tokio::time::sleep(DEBIT_AGAIN).await;
+        }
+        let user = self.store.user(name).await?;
+        let (balance, leased) = (Nano(user.balance_nano), Nano(user.leased_nano));
+        Err(format!("the balance has {balance}; calls that are running have {leased} more: freeze the user, or wait")
+            .into())
     }
 
     async fn freeze(&self, name: String, frozen: bool) -> Result<bool, Failure> {

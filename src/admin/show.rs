@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::listing::{Listing, moment};
 use crate::config::Config;
 use crate::config::decimal::Nano;
-use crate::store::{Audit, GroupRow, KeyRow, LineCheck, LineFilter, Store, StoreError, UserRow};
+use crate::store::{Audit, GroupRow, KeyRow, LineCheck, LineFilter, Store, StoreError, UserRow, hex};
 
 fn amount(nano: i64) -> Value {
     Nano(nano).to_string().into()
@@ -30,6 +30,23 @@ pub async fn users(store: &Store) -> Result<Listing, StoreError> {
 pub async fn user(store: &Store, name: String) -> Result<Listing, StoreError> {
     let (user, groups) = (store.user(name).await?, store.groups().await?);
     Ok(Listing::one(USER, user_row(&user, &groups)))
+}
+
+/// All groups.
+pub async fn groups(store: &Store) -> Result<Listing, StoreError> {
+    let rows = store.groups().await?.into_iter().map(|group| {
+        let ratio = Nano(group.ratio_micro * 1000).to_string();
+        vec![group.name.into(), ratio.into(), group.models.into(), group.concurrency.into()]
+    });
+    Ok(Listing::list(&["group", "ratio", "models", "concurrency"], rows.collect()))
+}
+
+/// What nodes have leased, the oldest boot first.
+pub async fn leases(store: &Store) -> Result<Listing, StoreError> {
+    let rows = store.leases().await?.into_iter().map(|lease| {
+        vec![hex(&lease.boot).into(), lease.user.into(), amount(lease.amount_nano), (lease.unheard_ms / 1000).into()]
+    });
+    Ok(Listing::list(&["boot", "user", "leased", "unheard_s"], rows.collect()))
 }
 
 /// Keys by their last four characters, all or one user's.

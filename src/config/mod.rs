@@ -251,6 +251,18 @@ pub struct Ledger {
     pub first_balance_nano: i64,
 }
 
+impl Ledger {
+    /// A live boot says so this often: several times before its fence, and at least each 5 s.
+    pub fn heartbeat_ms(&self) -> u64 {
+        (self.fence_s * 200).min(5000)
+    }
+
+    /// A boot that missed three heartbeats is silent.
+    pub fn silent_ms(&self) -> u64 {
+        3 * self.heartbeat_ms()
+    }
+}
+
 /// What happens to a call whose usual cost is above the balance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LowBalance {

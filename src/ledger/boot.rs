@@ -10,7 +10,7 @@ use tokio::sync::{Mutex, MutexGuard, Notify};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::journal::{Batch, Journal};
-use super::lease::{BROKE_MS, LeaseState, Purse, RECALL_AGAIN_MS, Taken};
+use super::lease::{BROKE_MS, LeaseState, Purse, Taken};
 use super::{Clocks, StartError, now_ms};
 use crate::error::Error;
 use crate::store::{BootId, Store, StoreError, random};
@@ -24,6 +24,8 @@ const RECALL_MAX: Duration = Duration::from_secs(1);
 /// How often it looks whether they have given some back, and after how many looks in vain it gives up early.
 const RECALL_EVERY: Duration = Duration::from_millis(60);
 const RECALL_IN_VAIN: u32 = 6;
+/// A node that yields looks again after this: the other one has looked several times.
+const YIELD: Duration = Duration::from_millis(200);
 
 const UNANSWERED: Error = Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 };
 
@@ -99,7 +101,7 @@ impl Boot {
             }
         };
         let living = async {
-            let mut ticks = interval(self.clocks.heartbeat());
+            let mut ticks = interval(Duration::from_millis(self.clocks.heartbeat_ms));
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 ticks.tick().await;
@@ -227,7 +229,7 @@ impl Boot {
             if let Some(taken) = Taken::of(purse, amount) {
                 return Ok(Some(taken));
             }
-            let elsewhere = self.store.leased_elsewhere(self.id, purse.user_id, self.clocks.silent_ms() as i64).await;
+            let elsewhere = self.store.leased_elsewhere(self.id, purse.user_id, self.clocks.silent_ms as i64).await;
             let elsewhere = elsewhere.map_err(|_| UNANSWERED)?;
             if elsewhere.live_nano > 0 && self.recall(purse, &mut lease, &mut recall, brought).await {
                 continue;
@@ -246,9 +248,7 @@ impl Boot {
     async fn recall(&self, purse: &Purse, lease: &mut LeaseState, recall: &mut Recall, brought: i64) -> bool {
         let since = match recall.since {
             Some(since) => since,
-            None if now_ms() < purse.recall_after_ms.load(Ordering::Relaxed) => return false,
             None => {
-                purse.recall_after_ms.store(now_ms() + RECALL_AGAIN_MS, Ordering::Relaxed);
                 if self.store.ask_back(purse.user_id, self.id).await.is_err() {
                     return false;
                 }
@@ -262,6 +262,7 @@ impl Boot {
         // Two nodes that ask each other would both keep what they have: the one that is told to yields.
         if purse.yields.swap(false, Ordering::AcqRel) {
             self.give_back(purse, lease).await;
+            sleep(YIELD).await; // the other one comes first
         }
         sleep(RECALL_EVERY).await;
         true
@@ -370,7 +371,7 @@ impl Boot {
         match self.store.heartbeat(self.id).await {
             Ok(shipped) => {
                 let before = self.fence_ms.swap(sent_ms + self.clocks.fence_ms, Ordering::AcqRel);
-                if sent_ms.saturating_sub(before.saturating_sub(self.clocks.fence_ms)) > self.clocks.silent_ms() {
+                if sent_ms.saturating_sub(before.saturating_sub(self.clocks.fence_ms)) > self.clocks.silent_ms {
                     self.unbroken_since_ms.store(sent_ms, Ordering::Relaxed);
                 }
                 if shipped >= known {

@@ -1,15 +1,16 @@
 //! One call's money, from its hold to its line.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use super::boot::Boot;
 use super::habit::Habit;
 use super::journal::{Mark, Open, Place};
-use super::lease::{CallCount, Purse, Taken};
+use super::lease::{CallCount, Purse, Taken, Waiting};
 use super::prompt::PromptText;
 use super::{Ledger, Tokens, cost_nano, output_affordable};
 use crate::catalog::Model;
@@ -28,6 +29,8 @@ const OUTPUT_CLAMPED_MIN: u64 = 16;
 const SANE_SLACK_TOKENS: u64 = 64;
 /// OpenAI frames a tool call with about 18 tokens that no text shows.
 const TOOL_CALL_SLACK_TOKENS: u64 = 24;
+/// A stream that waits for money of its user's other calls looks this often, should nobody tell it.
+const FREED_LOOK: Duration = Duration::from_secs(1);
 /// Ids that a client sends are kept up to this length, so that a record stays within its bound.
 const CLIENT_ID_BYTES_MAX: usize = 128;
 
@@ -311,7 +314,22 @@ impl OpenLine {
             if !may {
                 return None;
             }
-            boot.cover(&purse, amount).await.ok()?.map(|taken| Slices { slices, taken })
+            let mut waiting = Waiting::new(&purse);
+            loop {
+                let mut freed = pin!(purse.freed());
+                freed.as_mut().enable();
+                if let Some(taken) = boot.cover(&purse, amount).await.ok()? {
+                    return Some(Slices { slices, taken });
+                }
+                // Calls of one user do not cut each other short while one of them could finish.
+                if !waiting.others_may_finish() {
+                    return None;
+                }
+                tokio::select! {
+                    () = freed => {}
+                    () = tokio::time::sleep(FREED_LOOK) => {}
+                }
+            }
         }
     }
 

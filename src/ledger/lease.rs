@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
-use tokio::sync::Mutex;
+use tokio::sync::futures::Notified;
+use tokio::sync::{Mutex, Notify};
 
 use super::now_s;
 
@@ -13,8 +14,6 @@ const AHEAD_S: i64 = 60;
 const IDLE_S: u64 = 60;
 /// A refusal by the store is believed this long, so that a user without money costs no query a request.
 pub(super) const BROKE_MS: u64 = 200;
-/// Other nodes are asked for a user's money once in this time.
-pub(super) const RECALL_AGAIN_MS: u64 = 2000;
 
 /// One user's money on this node.
 ///
@@ -30,10 +29,12 @@ pub(super) struct Purse {
     pub lease: Mutex<LeaseState>,
     /// Until when (milliseconds of the ledger's clock) the store need not be asked again.
     pub broke_until_ms: AtomicU64,
-    /// When (the same clock) other nodes may be asked again.
-    pub recall_after_ms: AtomicU64,
     /// Another node asks, and this one is to let it have what is free even while it asks itself.
     pub yields: AtomicBool,
+    /// Calls that wait for others of this user to give money back.
+    waiting: std::sync::Mutex<u32>,
+    /// Money came back.
+    freed: Notify,
     spent_in_window: AtomicI64,
     spent_before: AtomicI64,
     window: AtomicU64,
@@ -58,8 +59,9 @@ impl Purse {
             calls: AtomicU32::new(0),
             lease: Mutex::default(),
             broke_until_ms: AtomicU64::new(0),
-            recall_after_ms: AtomicU64::new(0),
             yields: AtomicBool::new(false),
+            waiting: std::sync::Mutex::new(0),
+            freed: Notify::new(),
             spent_in_window: AtomicI64::new(0),
             spent_before: AtomicI64::new(0),
             window: AtomicU64::new(now_s() / AHEAD_S as u64),
@@ -99,12 +101,14 @@ impl Purse {
     pub fn release(&self, held: i64, charge: i64) {
         self.held.fetch_sub(held, Ordering::AcqRel);
         self.room.fetch_add(held - charge, Ordering::AcqRel);
+        self.freed.notify_waiters();
         self.note_spent(charge);
     }
 
     /// Money that came from the store.
     pub fn granted(&self, amount: i64) {
         self.room.fetch_add(amount, Ordering::AcqRel);
+        self.freed.notify_waiters();
     }
 
     /// Takes all room out, to be given back to the store.
@@ -189,6 +193,53 @@ impl Drop for Taken {
     }
 }
 
+/// A call that waits for others of its user to give money back. Not all of them can wait: the last one that would is the
+/// one to end, with what it has.
+#[derive(Debug)]
+pub(super) struct Waiting<'a> {
+    purse: &'a Purse,
+    counted: bool,
+}
+
+impl Purse {
+    /// Is told of money that comes back from now on.
+    pub fn freed(&self) -> Notified<'_> {
+        self.freed.notified()
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, u32> {
+        self.waiting.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl<'a> Waiting<'a> {
+    pub fn new(purse: &'a Purse) -> Waiting<'a> {
+        Waiting { purse, counted: false }
+    }
+
+    /// Whether another call of this user is not waiting, so that it may finish; if not, this one stops to wait.
+    pub fn others_may_finish(&mut self) -> bool {
+        let mut waiting = self.purse.waiting();
+        if !std::mem::replace(&mut self.counted, true) {
+            *waiting += 1;
+        }
+        if *waiting < self.purse.calls.load(Ordering::Acquire) {
+            return true;
+        }
+        *waiting -= 1;
+        self.counted = false;
+        false
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if self.counted {
+            *self.purse.waiting() -= 1;
+        }
+    }
+}
+
 /// Counts an open call of a purse; the count ends with it.
 #[derive(Debug)]
 pub(super) struct CallCount(pub Arc<Purse>);
@@ -208,6 +259,7 @@ impl CallCount {
 impl Drop for CallCount {
     fn drop(&mut self) {
         self.0.calls.fetch_sub(1, Ordering::AcqRel);
+        self.0.freed.notify_waiters(); // those that wait may be all that are left
     }
 }
 

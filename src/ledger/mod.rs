@@ -28,8 +28,6 @@ pub use money::{RATIO_ONE, Tokens, cost_nano, output_affordable};
 use crate::config::{self, LowBalance};
 use crate::store::{BootId, Line, LineCheck, PriceRow, Store, StoreError};
 
-/// A live boot says so at least this often.
-const HEARTBEAT_MAX: Duration = Duration::from_secs(5);
 /// A node that was fenced off tries this often to begin again.
 const BEGIN_AGAIN: Duration = Duration::from_secs(1);
 /// Calls of a boot that was fenced off end with their slice, or when they are over: at most this long.
@@ -56,20 +54,10 @@ pub struct Ledger {
 /// How long a node is believed, in milliseconds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clocks {
+    heartbeat_ms: u64,
+    silent_ms: u64,
     fence_ms: u64,
     forfeit_ms: u64,
-}
-
-impl Clocks {
-    /// Several heartbeats fit before the fence.
-    fn heartbeat(self) -> Duration {
-        Duration::from_millis(self.fence_ms / 5).min(HEARTBEAT_MAX)
-    }
-
-    /// Three heartbeats that did not come.
-    fn silent_ms(self) -> u64 {
-        3 * self.heartbeat().as_millis() as u64
-    }
 }
 
 /// Why the ledger cannot start.
@@ -109,7 +97,12 @@ impl Ledger {
         for dead in journal::dead_boots(journals)? {
             settle_dead(&store, dead).await?;
         }
-        let clocks = Clocks { fence_ms: bounds.fence_s * 1000, forfeit_ms: bounds.forfeit_s * 1000 };
+        let clocks = Clocks {
+            heartbeat_ms: bounds.heartbeat_ms(),
+            silent_ms: bounds.silent_ms(),
+            fence_ms: bounds.fence_s * 1000,
+            forfeit_ms: bounds.forfeit_s * 1000,
+        };
         let boot = Boot::begin(&store, journals, bounds.journal_bytes_max, clocks).await?;
         Ok(Arc::new(Ledger {
             store,

@@ -11,11 +11,9 @@ use crate::config::{Config, DatabaseUrl, Secret};
 use crate::error::Error;
 use crate::meter::Vocabulary;
 use crate::request::Head;
+use crate::store::tests::cluster;
 use crate::store::{EndReason, LineFilter, Notice};
 use crate::users::{Users, hash_key};
-
-#[path = "../../tests/support/cluster.rs"]
-mod cluster;
 
 /// What one output token costs; input is free, so that a hold is what its `max_tokens` cost.
 const TOKEN_NANO: i64 = 1000;
@@ -43,6 +41,7 @@ impl Node {
         let store = Store::open(url).await.unwrap();
         let mut bounds = Config::load(None, [], &["openai", "demo"]).unwrap().ledger;
         (bounds.fence_s, bounds.forfeit_s) = (fence_s, forfeit_s);
+        bounds.on_low_balance = LowBalance::Refuse;
         let ledger = Ledger::start(store.clone(), folder.path(), &bounds).await.unwrap();
         let users = Users::load(&store).await.unwrap();
         let (heard, by) = (store.listen().unwrap(), ledger.clone());
@@ -159,7 +158,7 @@ async fn two_nodes_that_ask_each_other_do_not_both_go_away_empty() {
         first.end(answered(0));
         second.end(answered(0));
         let (first, second) = tokio::join!(one.open(100), other.open(100));
-        assert!(first.is_ok() != second.is_ok(), "{first:?} {second:?}");
+        assert!(first.is_ok() != second.is_ok(), "{:?} {:?}", first.err(), second.err());
         drop((first, second));
         one.ledger.stop(Duration::from_secs(1)).await.unwrap();
         other.ledger.stop(Duration::from_secs(1)).await.unwrap();

@@ -175,8 +175,9 @@ impl Relay {
                 },
                 Phase::Asking(frames, line, mut asking, frame) => match asking.as_mut().poll(cx) {
                     Poll::Pending => {
+                        let at_boundary = !frames.is_passing();
                         self.phase = Phase::Asking(frames, line, asking, frame);
-                        return Poll::Pending;
+                        return self.keep_alive(cx, at_boundary);
                     }
                     Poll::Ready(slices) => self.take_after_asking(cx, frames, line, frame, slices),
                 },
@@ -243,6 +244,7 @@ impl Relay {
         slices: Option<Slices>,
     ) {
         let output = frames.output();
+        self.last_chunk = Instant::now(); // it was we who did not read
         match slices.map(|slices| line.add_slices(slices, output)) {
             Some(true) => self.release(cx, frames, line, frame),
             Some(false) => self.break_off(frames, line, EndReason::UpstreamError, &JOURNAL_FULL),
@@ -446,6 +448,8 @@ impl Relay {
                 self.output = frames.output();
                 self.break_off(frames, line, reason, error);
             }
+            // The frame that waits is not handed over; `output` is the count before it.
+            Phase::Asking(frames, line, _, _) => self.break_off(frames, line, reason, error),
             // Its line ends with the drop of the opening.
             Phase::Opening(_) => {
                 self.error_event(error);

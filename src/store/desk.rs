@@ -1,7 +1,7 @@
 //! What an operator changes, and what a running server reads of it: users, keys, groups, accounts, and their changes.
 
 use super::tx::{Row, Tx, given};
-use super::{AccountRow, Change, GroupRow, KeyRow, NewAccount, StoreError, UserRow, now_ms};
+use super::{AccountRow, Change, GroupRow, KeyRow, NewAccount, NewGroup, StoreError, UserRow, now_ms};
 
 /// Rows of `changes` that are kept; a server that is further behind reads everything again.
 const CHANGES_KEPT: i64 = 10_000;
@@ -155,6 +155,45 @@ pub async fn credit<T: Tx>(tx: &T, name: String, amount_nano: i64, note: String)
     }
     let user = find_user(tx, &name).await?;
     add_entry(tx, user.id, amount_nano, &note).await?;
+    find_user(tx, &name).await
+}
+
+pub async fn debit<T: Tx>(tx: &T, name: String, amount_nano: i64, note: String) -> Result<UserRow, StoreError> {
+    if amount_nano <= 0 {
+        return Err(StoreError::Refused("a debit must be above zero".into()));
+    }
+    // Locked, so that no node leases between the look and the act.
+    let sql = format!("SELECT id, balance_nano FROM users WHERE name = $1{}", T::FOR_UPDATE);
+    let user = tx.row(&sql, given![&name]).await?.ok_or_else(|| StoreError::Absent(format!("user '{name}'")))?;
+    let (id, balance): (i64, i64) = (user.get(0)?, user.get(1)?);
+    if balance < amount_nano {
+        return Err(StoreError::Refused("the balance does not have so much".into()));
+    }
+    add_entry(tx, id, -amount_nano, &note).await?;
+    find_user(tx, &name).await
+}
+
+pub async fn put_group<T: Tx>(tx: &T, group: NewGroup) -> Result<(), StoreError> {
+    tx.execute("INSERT INTO groups (name) VALUES ($1) ON CONFLICT DO NOTHING", given![&group.name]).await?;
+    if let Some(ratio_micro) = group.ratio_micro {
+        tx.execute("UPDATE groups SET ratio_micro = $2 WHERE name = $1", given![&group.name, ratio_micro]).await?;
+    }
+    if let Some(models) = group.models {
+        let models = models.map(|models| serde_json::Value::from(models).to_string());
+        tx.execute("UPDATE groups SET models = $2 WHERE name = $1", given![&group.name, models]).await?;
+    }
+    if let Some(concurrency) = group.concurrency {
+        tx.execute("UPDATE groups SET concurrency = $2 WHERE name = $1", given![&group.name, concurrency]).await?;
+    }
+    Ok(())
+}
+
+pub async fn set_group<T: Tx>(tx: &T, name: String, group: String) -> Result<UserRow, StoreError> {
+    let found = tx.row("SELECT id FROM groups WHERE name = $1", given![&group]).await?;
+    let group_id: i64 = found.ok_or_else(|| StoreError::Absent(format!("group '{group}'")))?.get(0)?;
+    if tx.execute("UPDATE users SET group_id = $2 WHERE name = $1", given![&name, group_id]).await? == 0 {
+        return Err(StoreError::Absent(format!("user '{name}'")));
+    }
     find_user(tx, &name).await
 }
 

@@ -27,7 +27,7 @@ use sqlite::{Sqlite, at_once};
 pub use audit::{Audit, LineCheck, UserSums};
 pub use rows::{
     AccountRow, Billed, BootId, BootState, Change, Elsewhere, EndReason, GroupRow, KeyRow, LeaseOf, LeaseRow, Line,
-    LineFilter, NewAccount, Notice, PriceRow, UserRow,
+    LineFilter, NewAccount, NewGroup, Notice, PriceRow, UserRow,
 };
 pub use seal::{MasterKey, SealError, hex, random, unhex};
 
@@ -195,6 +195,12 @@ transactions! {
     write desk::add_user(name: String, group: String, credit_nano: i64, key: Option<([u8; 32], String)>) -> UserRow;
     /// Credits a user; the amount is above zero.
     write desk::credit(name: String, amount_nano: i64, note: String) -> UserRow;
+    /// Takes money from a user's balance; `Refused` when it is not there, which it is not while nodes have leased it.
+    write desk::debit(name: String, amount_nano: i64, note: String) -> UserRow;
+    /// Adds a group, or changes the one of this name.
+    write desk::put_group(group: NewGroup) -> ();
+    /// Moves a user into a group.
+    write desk::set_group(name: String, group: String) -> UserRow;
     /// Freezes or unfreezes a user.
     write desk::set_frozen(name: String, frozen: bool) -> UserRow;
     /// Adds a key to a user; returns its id.
@@ -215,4 +221,4 @@ pub fn now_ms() -> i64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

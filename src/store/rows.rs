@@ -26,6 +26,17 @@ pub struct GroupRow {
     pub concurrency: Option<u32>,
 }
 
+/// What `group set` stores; `None` leaves what there is, or takes the default.
+#[derive(Clone, Debug)]
+pub struct NewGroup {
+    pub name: String,
+    pub ratio_micro: Option<i64>,
+    /// `Some(None)`: all.
+    pub models: Option<Option<Vec<String>>>,
+    /// `Some(None)`: no limit.
+    pub concurrency: Option<Option<u32>>,
+}
+
 /// A user. `balance_nano` leaves out what boots have leased.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserRow {

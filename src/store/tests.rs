@@ -4,7 +4,7 @@ use super::*;
 use crate::config::Secret;
 
 #[path = "../../tests/support/cluster.rs"]
-mod cluster;
+pub mod cluster;
 
 /// A store for as long as its folder or database lives.
 pub struct Fixture {
@@ -239,4 +239,30 @@ async fn an_error_of_postgresql_says_no_password() {
     let url = DatabaseUrl::Postgres(Secret::new("postgres://cat:hunter2@127.0.0.1:1/cats"));
     let refused = Store::open(&url).await.unwrap_err().to_string();
     assert!(refused.starts_with("cannot open the database PostgreSQL: ") && !refused.contains("hunter2"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_debit_takes_what_is_there_and_nothing_that_is_leased() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        store.grant(boot, user, 60, 0).await.unwrap();
+        let refused = store.debit("ann".into(), 50, "too much".into()).await;
+        assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+        assert_eq!(store.debit("ann".into(), 40, "all".into()).await.unwrap().balance_nano, 0);
+        assert_eq!(store.audit(|_, _| None).await.unwrap().users[0].difference_nano(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_group_is_made_and_changed_in_parts_and_users_move_into_it() {
+    for (Fixture { store, _folder }, ..) in with_ann(0).await {
+        let group =
+            |ratio_micro, models, concurrency| NewGroup { name: "vip".into(), ratio_micro, models, concurrency };
+        store.put_group(group(Some(500_000), Some(Some(vec!["m".into()])), None)).await.unwrap();
+        store.put_group(group(None, None, Some(Some(3)))).await.unwrap();
+        let vip = store.groups().await.unwrap().pop().unwrap();
+        let seen = (vip.name.as_str(), vip.ratio_micro, vip.models.clone(), vip.concurrency);
+        assert_eq!(seen, ("vip", 500_000, Some(vec!["m".to_owned()]), Some(3)));
+        assert_eq!(store.set_group("ann".into(), "vip".into()).await.unwrap().group_id, vip.id);
+        assert!(store.set_group("ann".into(), "none".into()).await.is_err());
+    }
 }

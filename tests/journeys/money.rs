@@ -384,6 +384,49 @@ async fn a_solvent_user_is_never_refused_because_calls_raced_for_a_grant() {
 }
 
 #[tokio::test]
+async fn a_stream_waits_for_money_of_its_users_other_calls_rather_than_being_cut_short() {
+    // Both hold 256 tokens of output at first; about 200 more are there. The first gives 156 back, a while later.
+    let words = |count: usize| chunk(text(" word").repeat(count));
+    let upstream = Upstream::start(move |number, _| match number {
+        0 => vec![
+            stream_head(),
+            words(100),
+            Act::Pause(Duration::from_millis(800)),
+            chunk(finish() + DONE),
+            stream_end(),
+        ],
+        _ => vec![stream_head(), words(400), chunk(finish() + DONE), stream_end()],
+    })
+    .await;
+    let node = Setup::at(&upstream).balance_nano(150 * INPUT_NANO + (512 + 200) * OUTPUT_NANO).start().await;
+    let mut first = node.send(&post(KEY, &streaming(""))).await;
+    first.read_until("word").await;
+    let second = node.chat(&streaming("")).await;
+    assert_eq!(second.said().matches("word").count(), 400);
+    assert!(second.text().ends_with(DONE) && !second.text().contains("length"), "{}", second.text());
+    first.read().await;
+    assert!(node.lines(2).await.iter().all(|line| line.end_reason.name() == "complete"));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn streams_of_one_user_that_all_wait_for_each_other_are_cut_and_do_not_hang() {
+    let events: Vec<Act> =
+        (0..600).map(|_| chunk(text(" word"))).chain([chunk(finish() + DONE), stream_end()]).collect();
+    let upstream = Upstream::start(move |_, _| [vec![stream_head()], events.clone()].concat()).await;
+    let node = Setup::at(&upstream).balance_nano(200 * INPUT_NANO + 1000 * OUTPUT_NANO).start().await;
+    let body = streaming("");
+    let replies = tokio::join!(node.chat(&body), node.chat(&body), node.chat(&body));
+    let all = [replies.0, replies.1, replies.2];
+    assert!(all.iter().all(|reply| reply.whole && reply.text().ends_with(DONE)), "each is a whole stream");
+    assert!(all.iter().all(|reply| reply.text().contains(r#""finish_reason":"length""#)));
+    let words: usize = all.iter().map(|reply| reply.said().matches("word").count()).sum();
+    assert!((3 * 256..=1000).contains(&words), "{words}");
+    node.lines(3).await;
+    node.finish().await;
+}
+
+#[tokio::test]
 async fn a_last_event_without_its_blank_line_is_not_handed_over_beyond_the_money() {
     let last = text(&" more".repeat(50_000)).replace(r#""finish_reason":null"#, r#""finish_reason":"stop""#);
     assert!(last.contains(r#""stop""#));

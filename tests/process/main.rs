@@ -188,6 +188,20 @@ fn every_subcommand_works_beside_a_running_server() {
     until("the user is frozen", || status(&key) == "403");
     assert_eq!(json(path, &["user", "unfreeze", "ann"])["frozen"], false);
     until("the user is unfrozen", || status(&key) == "200");
+    let vip = json(path, &["group", "set", "vip", "--ratio", "0.5", "--models", "other", "--concurrency", "3"]);
+    assert_eq!(
+        (&vip[1]["ratio"], &vip[1]["models"][0], &vip[1]["concurrency"]),
+        (&"0.50".into(), &"other".into(), &3.into())
+    );
+    assert_eq!(json(path, &["user", "group", "ann", "vip"])["group"], "vip");
+    assert_eq!(json(path, &["group", "set", "vip", "--models", "all"])[1]["models"], Value::Null);
+    // The node has leased some of the first user's money by now, and gives it back for a debit of all of it.
+    assert!(gateway.answer(DEMO).contains("[DONE]"));
+    assert_ne!(json(path, &["lease", "list"]), Value::Array(vec![]));
+    until("the line is stored", || !json(path, &["usage"]).as_array().unwrap().is_empty());
+    let all = json(path, &["user", "show", "first"])["balance"].as_str().unwrap().to_owned();
+    assert_eq!(json(path, &["user", "debit", "first", &all])["balance"], "0.00");
+    assert!(gateway.answer(DEMO).contains("insufficient_quota"));
     let second = json(path, &["key", "add", "ann", "--name", "laptop"]);
     let second_key = second["key"].as_str().unwrap().to_owned();
     until("the second key works", || status(&second_key) == "200");
@@ -211,6 +225,9 @@ fn every_subcommand_works_beside_a_running_server() {
         (vec!["user", "add", "ann"], "ann"),
         (vec!["user", "credit", "ann", "-1"], "-1"),
         (vec!["key", "revoke", "99"], "99"),
+        (vec!["user", "debit", "ann", "100"], "the balance"),
+        (vec!["user", "group", "ann", "nowhere"], "nowhere"),
+        (vec!["lease", "release", "00112233445566778899aabbccddeeff"], "boot"),
     ] {
         let (text, good) = run(path, &arguments);
         assert!(!good && text.contains(why), "{arguments:?}: {text}");

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use tokio::sync::{Mutex, MutexGuard, Notify};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::sync::{Mutex, Notify};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::journal::{Batch, Journal};
 use super::lease::{BROKE_MS, LeaseState, Purse, Taken};
@@ -24,6 +25,8 @@ const RECALL_MAX: Duration = Duration::from_secs(1);
 /// How often it looks whether they have given some back, and after how many looks in vain it gives up early.
 const RECALL_EVERY: Duration = Duration::from_millis(60);
 const RECALL_IN_VAIN: u32 = 6;
+/// It asks at the first look, and again after so many.
+const RECALL_ASKS_EACH: u32 = 3;
 /// A node that yields looks again after this: the other one has looked several times.
 const YIELD: Duration = Duration::from_millis(200);
 
@@ -106,7 +109,15 @@ impl Boot {
             loop {
                 ticks.tick().await;
                 self.beat().await;
-                self.return_idle().await;
+            }
+        };
+        // Apart from the heartbeat, which must not wait for it.
+        let tidying = async {
+            let mut ticks = interval(Duration::from_millis(self.clocks.heartbeat_ms));
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                self.return_room(Purse::is_idle).await;
                 self.forfeit_dead().await;
             }
         };
@@ -122,27 +133,35 @@ impl Boot {
         tokio::select! {
             () = shipping => {}
             () = living => {}
+            () = tidying => {}
             () = fencing => {}
         }
     }
 
-    /// Ends a boot that takes no more calls: waits until those that are open have ended, at most `patience`, ships, and
-    /// returns what is leased. A boot whose calls have not ended, or whose journal is damaged, is left to a replay.
+    /// Ends a boot that takes no more calls: ships and returns what is free until those that are open have ended, at most
+    /// for `patience`; then returns what is leased. A boot whose calls have not ended, or whose journal is damaged, is
+    /// left to a replay.
     pub async fn retire(&self, patience: Duration) -> Result<(), StoreError> {
         self.fence();
-        let all_ended = async {
-            while self.open_lines() > 0 {
-                let ended = self.ended.notified();
-                if self.open_lines() > 0 {
-                    ended.await;
-                }
+        let until = Instant::now() + patience;
+        loop {
+            let mut ended = pin!(self.ended.notified());
+            ended.as_mut().enable();
+            if self.open_lines() == 0 || Instant::now() >= until {
+                break;
             }
-        };
-        let settled = tokio::time::timeout(patience, all_ended).await.is_ok();
+            self.ship_logged().await;
+            self.return_room(|purse| purse.room() > 0).await;
+            let _ = self.store.heartbeat(self.id).await; // while it ships, nobody needs to forfeit it
+            tokio::select! {
+                () = ended => {}
+                () = sleep_until(until.min(Instant::now() + SHIP_EVERY)) => {}
+            }
+        }
         while !self.journal.is_shipped() {
             self.ship().await?;
         }
-        let settled = settled && !self.journal.is_damaged();
+        let settled = self.open_lines() == 0 && !self.journal.is_damaged();
         if settled {
             self.store.close_boot(self.id).await?;
         } else {
@@ -152,19 +171,32 @@ impl Boot {
         Ok(())
     }
 
+    /// Counts a call that is about to open, unless the boot takes none: whoever retires it waits for all that came before.
+    pub fn enter(self: &Arc<Boot>) -> Option<Entered> {
+        self.open.fetch_add(1, Ordering::SeqCst);
+        let entered = Entered(Some(self.clone()));
+        (!self.is_fenced()).then_some(entered)
+    }
+
+    /// Counts a call that has ended.
+    pub fn leave(&self) {
+        self.open.fetch_sub(1, Ordering::SeqCst);
+        self.ended.notify_waiters();
+    }
+
     /// Lines that are open.
     pub fn open_lines(&self) -> u64 {
-        self.open.load(Ordering::Acquire)
+        self.open.load(Ordering::SeqCst)
     }
 
     /// Whether it may take no more money.
     pub fn is_fenced(&self) -> bool {
-        self.fenced.load(Ordering::Acquire) || now_ms() >= self.fence_ms.load(Ordering::Acquire)
+        self.fenced.load(Ordering::SeqCst) || now_ms() >= self.fence_ms.load(Ordering::Acquire)
     }
 
     /// Takes no more money from here on.
     pub fn fence(&self) {
-        self.fenced.store(true, Ordering::Release);
+        self.fenced.store(true, Ordering::SeqCst);
         self.fence_noticed.notify_waiters();
     }
 
@@ -195,11 +227,24 @@ impl Boot {
 
     async fn refill_and_take(&self, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
         let mut lease = purse.lease.lock().await;
-        self.know(purse, &mut lease).await.map_err(|_| UNANSWERED)?;
+        let taken = self.refill(purse, &mut lease, amount).await;
+        // Another node asked while this one was busy: what is free now is its.
+        if purse.asked.swap(false, Ordering::AcqRel) {
+            purse.yields.store(false, Ordering::Release);
+            self.give_back(purse, &mut lease).await;
+        }
+        taken
+    }
+
+    async fn refill(&self, purse: &Arc<Purse>, lease: &mut LeaseState, amount: i64) -> Result<Option<Taken>, Error> {
+        self.know(purse, lease).await.map_err(|_| UNANSWERED)?;
         let mut recall = Recall::default();
         // What a grant brings others may take before this call does: only an empty balance means that there is no money.
         // Each round takes the amount or moves more of the balance into the room, so it ends.
         loop {
+            if self.is_fenced() {
+                return Err(UNANSWERED);
+            }
             if let Some(taken) = Taken::of(purse, amount) {
                 return Ok(Some(taken));
             }
@@ -210,8 +255,7 @@ impl Boot {
             let row = match self.store.grant(self.id, purse.user_id, need, purse.ahead_nano()).await {
                 Ok(row) => row,
                 Err(StoreError::BootGone) => {
-                    tracing::error!("this boot is no longer live in the store");
-                    self.fence();
+                    self.gone();
                     return Err(UNANSWERED);
                 }
                 Err(error) => {
@@ -231,41 +275,45 @@ impl Boot {
             }
             let elsewhere = self.store.leased_elsewhere(self.id, purse.user_id, self.clocks.silent_ms as i64).await;
             let elsewhere = elsewhere.map_err(|_| UNANSWERED)?;
-            if elsewhere.live_nano > 0 && self.recall(purse, &mut lease, &mut recall, brought).await {
+            if elsewhere.balance_nano > 0 {
+                continue; // given back since
+            }
+            if elsewhere.live_nano > 0 && self.recall(purse, lease, &mut recall, brought).await? {
                 continue;
             }
-            purse.broke_until_ms.store(now_ms() + BROKE_MS, Ordering::Relaxed);
             // Money that a silent node has comes back, later; money that nobody has does not.
-            return if amount.saturating_sub(purse.room()) <= elsewhere.silent_nano {
-                Err(Error::BalanceLocked { retry_after_s: self.clocks.forfeit_ms.div_ceil(1000).min(60) })
-            } else {
-                Ok(None)
-            };
+            if amount.saturating_sub(purse.room()) <= elsewhere.silent_nano {
+                return Err(Error::BalanceLocked { retry_after_s: self.clocks.forfeit_ms.div_ceil(1000).min(60) });
+            }
+            purse.broke_until_ms.store(now_ms() + BROKE_MS, Ordering::Relaxed);
+            return Ok(None);
         }
     }
 
     /// Asks other nodes for a user's free room and waits a little; false when that has lasted long enough.
-    async fn recall(&self, purse: &Purse, lease: &mut LeaseState, recall: &mut Recall, brought: i64) -> bool {
-        let since = match recall.since {
-            Some(since) => since,
-            None => {
-                if self.store.ask_back(purse.user_id, self.id).await.is_err() {
-                    return false;
-                }
-                *recall.since.insert(Instant::now())
-            }
-        };
-        recall.in_vain = if brought > 0 { 0 } else { recall.in_vain + 1 };
+    async fn recall(
+        &self,
+        purse: &Purse,
+        lease: &mut LeaseState,
+        recall: &mut Recall,
+        brought: i64,
+    ) -> Result<bool, Error> {
+        let since = *recall.since.get_or_insert_with(Instant::now);
         if since.elapsed() >= RECALL_MAX || recall.in_vain > RECALL_IN_VAIN {
-            return false;
+            return Ok(false);
         }
+        // A notice may be lost, or meet a node that is busy with this very user.
+        if recall.in_vain.is_multiple_of(RECALL_ASKS_EACH) {
+            self.store.ask_back(purse.user_id, self.id).await.map_err(|_| UNANSWERED)?;
+        }
+        recall.in_vain = if brought > 0 { 1 } else { recall.in_vain + 1 };
         // Two nodes that ask each other would both keep what they have: the one that is told to yields.
         if purse.yields.swap(false, Ordering::AcqRel) {
             self.give_back(purse, lease).await;
             sleep(YIELD).await; // the other one comes first
         }
         sleep(RECALL_EVERY).await;
-        true
+        Ok(true)
     }
 
     /// Another node asks for this user's money: what is free goes back at once.
@@ -274,10 +322,13 @@ impl Boot {
             return;
         }
         let Some(purse) = self.known_purse(user_id) else { return };
+        // Whoever is busy with the lease looks at these when it is done, or while it asks others itself.
+        purse.asked.store(true, Ordering::Release);
         if asking > self.id {
             purse.yields.store(true, Ordering::Release);
         }
         if let Ok(mut lease) = purse.lease.try_lock() {
+            purse.asked.store(false, Ordering::Release);
             purse.yields.store(false, Ordering::Release);
             self.give_back(&purse, &mut lease).await;
         }
@@ -293,15 +344,21 @@ impl Boot {
         Ok(())
     }
 
-    async fn return_idle(&self) {
-        let idle: Vec<Arc<Purse>> = {
-            let purses = self.purses.read().expect("no holder of this lock panics");
-            purses.values().filter(|purse| purse.is_idle()).cloned().collect()
-        };
-        for purse in idle {
-            let mut lease: MutexGuard<'_, LeaseState> = purse.lease.lock().await;
+    /// Returns the free room of the purses that `which` picks.
+    async fn return_room(&self, which: impl Fn(&Purse) -> bool) {
+        for purse in self.all_purses().into_iter().filter(|purse| which(purse)) {
+            let mut lease = purse.lease.lock().await;
             self.give_back(&purse, &mut lease).await;
         }
+    }
+
+    fn all_purses(&self) -> Vec<Arc<Purse>> {
+        self.purses.read().expect("no holder of this lock panics").values().cloned().collect()
+    }
+
+    fn gone(&self) {
+        tracing::error!("this boot is no longer live in the store");
+        self.fence();
     }
 
     /// Returns all free room.
@@ -319,6 +376,10 @@ impl Boot {
             Ok(row) => {
                 lease.version = row.version;
                 debug_assert_eq!(lease.granted_nano, row.granted_nano);
+            }
+            Err(StoreError::BootGone) => {
+                lease.unknown = true;
+                self.gone();
             }
             Err(error) => {
                 tracing::warn!(%error, "a return failed; its outcome is unknown until the lease is read again");
@@ -362,7 +423,14 @@ impl Boot {
         let journal = self.journal.clone();
         let rewound = tokio::task::spawn_blocking(move || journal.rewind(watermark)).await;
         let unread = |error: String| StoreError::Database(format!("the journal: {error}"));
-        rewound.map_err(|error| unread(error.to_string()))?.map_err(|error| unread(error.to_string()))
+        rewound.map_err(|error| unread(error.to_string()))?.map_err(|error| unread(error.to_string()))?;
+        // Grants may be gone as well, and their money leased to others: what this node has is what the rows say.
+        for purse in self.all_purses() {
+            let mut lease = purse.lease.lock().await;
+            lease.unknown = true;
+            self.know(&purse, &mut lease).await?;
+        }
+        Ok(())
     }
 
     /// Says that the boot lives, which moves its fence.
@@ -382,10 +450,7 @@ impl Boot {
                     tracing::error!(%error, "lines could not be read again");
                 }
             }
-            Err(StoreError::BootGone) => {
-                tracing::error!("this boot is no longer live in the store");
-                self.fence();
-            }
+            Err(StoreError::BootGone) => self.gone(),
             Err(error) => tracing::warn!(%error, "heartbeat failed"),
         }
     }
@@ -394,19 +459,44 @@ impl Boot {
     /// database that was away makes nobody a forfeiter.
     async fn forfeit_dead(&self) {
         let unbroken_ms = now_ms().saturating_sub(self.unbroken_since_ms.load(Ordering::Relaxed));
-        if unbroken_ms < self.clocks.forfeit_ms {
+        let beaten_ms = self.fence_ms.load(Ordering::Acquire).saturating_sub(self.clocks.fence_ms);
+        let gap_ms = now_ms().saturating_sub(beaten_ms);
+        if unbroken_ms < self.clocks.forfeit_ms || gap_ms > self.clocks.silent_ms {
             return;
         }
-        match self.store.forfeit_silent(self.id, self.clocks.forfeit_ms as i64).await {
-            Ok(forfeited) => {
-                for boot in forfeited {
-                    tracing::error!(
-                        boot = crate::store::hex(&boot),
-                        "a silent boot was forfeited: its leases went back"
-                    );
+        let forfeit_ms = self.clocks.forfeit_ms as i64;
+        let silent = match self.store.silent_boots(self.id, forfeit_ms).await {
+            Ok(silent) => silent,
+            Err(error) => return tracing::warn!(%error, "silent boots could not be looked for"),
+        };
+        for boot in silent {
+            match self.store.release_boot(boot, forfeit_ms).await {
+                Ok(nano) => {
+                    let boot = crate::store::hex(&boot);
+                    tracing::error!(boot, nano, "a silent boot was forfeited: its leases went back");
                 }
+                Err(StoreError::Absent(_) | StoreError::Refused(_)) => {} // another node was faster, or it lives
+                Err(error) => tracing::warn!(%error, "a silent boot could not be forfeited"),
             }
-            Err(error) => tracing::warn!(%error, "silent boots could not be looked for"),
+        }
+    }
+}
+
+/// A call that is being opened; counted until [`Entered::keep`] hands the count to its line.
+#[derive(Debug)]
+pub(super) struct Entered(Option<Arc<Boot>>);
+
+impl Entered {
+    /// Who has it now calls [`Boot::leave`].
+    pub fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if let Some(boot) = self.0.take() {
+            boot.leave();
         }
     }
 }

@@ -143,6 +143,8 @@ impl Ledger {
         let (user, model) = (&ask.key.user, ask.model);
         let group = user.group();
         let boot = self.boot.load_full();
+        let entered =
+            boot.enter().ok_or(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 })?;
         let purse = boot.purse(user.id);
         let (count, alone) =
             CallCount::enter(&purse, group.concurrency).ok_or(Error::TooManyCalls { retry_after_s: 1 })?;
@@ -222,7 +224,7 @@ impl Ledger {
         let open = Open { line, price: model.price };
         let full = |_| Error::NodeUnavailable { reason: "its journal is full", retry_after_s: 5 };
         let place = boot.journal.open(&open).map_err(full)?;
-        boot.open.fetch_add(1, Ordering::AcqRel);
+        entered.keep();
         let inner = Inner {
             purse,
             _count: count,
@@ -279,7 +281,7 @@ impl OpenLine {
         self.inner().covered
     }
 
-    /// Writes MARK: what a crash has to charge, before anything beyond it is handed over. False: nothing may be.
+    /// Writes MARK: what a crash has to charge, the tokens handed over so far, before anything beyond them is. False: nothing may be.
     pub fn mark(&mut self, output: u64) -> bool {
         let boot = self.boot.clone();
         let inner = self.inner_mut();
@@ -293,7 +295,7 @@ impl OpenLine {
 
     /// Takes as many further slices as `output` needs from the room that there is, and writes MARK; false when the room
     /// does not have them.
-    pub fn take_slices(&mut self, output: u64) -> bool {
+    pub fn take_slices(&mut self, output: u64, handed_over: u64) -> bool {
         let fenced = self.boot.is_fenced();
         let inner = self.inner_mut();
         let slices = inner.slices(output);
@@ -302,7 +304,7 @@ impl OpenLine {
         }
         inner.held += inner.slices_nano(slices);
         inner.covered += slices * SLICE_TOKENS;
-        self.mark(output)
+        self.mark(handed_over)
     }
 
     /// Asks the store for the money of those slices; `None` when it is not there.
@@ -334,11 +336,11 @@ impl OpenLine {
     }
 
     /// Adds slices that came from the store, and writes MARK; false when it cannot be written.
-    pub fn add_slices(&mut self, Slices { slices, taken }: Slices, output: u64) -> bool {
+    pub fn add_slices(&mut self, Slices { slices, taken }: Slices, handed_over: u64) -> bool {
         let inner = self.inner_mut();
         inner.held += taken.keep();
         inner.covered += slices * SLICE_TOKENS;
-        self.mark(output)
+        self.mark(handed_over)
     }
 
     /// Tells what a drop has to settle: output tokens handed over so far, and whether that count is exact.
@@ -465,8 +467,7 @@ impl Inner {
         let charged = line.charged_nano;
         boot.journal.end(place, line);
         purse.release(held, charged);
-        boot.open.fetch_sub(1, Ordering::AcqRel);
-        boot.ended.notify_waiters();
+        boot.leave();
     }
 
     /// Decides what is billed: the upstream's usage when it is there and sane, the count otherwise, nothing without content.

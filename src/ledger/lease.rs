@@ -31,6 +31,8 @@ pub(super) struct Purse {
     pub broke_until_ms: AtomicU64,
     /// Another node asks, and this one is to let it have what is free even while it asks itself.
     pub yields: AtomicBool,
+    /// Another node asks: what is free goes back as soon as nobody is busy with the lease.
+    pub asked: AtomicBool,
     /// Calls that wait for others of this user to give money back.
     waiting: std::sync::Mutex<u32>,
     /// Money came back.
@@ -60,6 +62,7 @@ impl Purse {
             lease: Mutex::default(),
             broke_until_ms: AtomicU64::new(0),
             yields: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
             waiting: std::sync::Mutex::new(0),
             freed: Notify::new(),
             spent_in_window: AtomicI64::new(0),
@@ -113,7 +116,9 @@ impl Purse {
 
     /// Takes all room out, to be given back to the store.
     pub fn drain(&self) -> i64 {
-        self.room.swap(0, Ordering::AcqRel)
+        // Below zero only after the database went back; that is not given back.
+        let empty = |room: i64| (room > 0).then_some(0);
+        self.room.try_update(Ordering::AcqRel, Ordering::Acquire, empty).unwrap_or(0)
     }
 
     /// Room as of now.

@@ -130,7 +130,14 @@ impl Ledger {
             tracing::error!("this node was fenced off from the store; it begins again");
             loop {
                 match Boot::begin(&self.store, &self.journals, self.journal_bytes_max, self.clocks).await {
-                    Ok(next) => break self.boot.store(next),
+                    Ok(next) => {
+                        self.boot.store(next.clone());
+                        if self.stopped.load(Ordering::Acquire) {
+                            drop(next.retire(Duration::ZERO).await);
+                            return;
+                        }
+                        break;
+                    }
                     Err(error) => tracing::warn!(%error, "no other boot can begin yet"),
                 }
                 tokio::time::sleep(BEGIN_AGAIN).await;
@@ -208,7 +215,10 @@ impl Ledger {
 
     /// Another node, or an operator, is short of this user's money: what is free goes back at once.
     pub async fn asked_back(&self, user_id: i64, asking: BootId) {
-        self.boot.load_full().asked_back(user_id, asking).await;
+        let retired: Vec<Arc<Boot>> = self.retired_boots().clone();
+        for boot in retired.into_iter().chain([self.boot.load_full()]) {
+            boot.asked_back(user_id, asking).await;
+        }
     }
 
     fn habit(&self, model: &str) -> Arc<habit::Habit> {
@@ -288,5 +298,7 @@ fn now_s() -> u64 {
     now_ms() / 1000
 }
 
+#[cfg(test)]
+mod property;
 #[cfg(test)]
 mod tests;

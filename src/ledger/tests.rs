@@ -16,21 +16,22 @@ use crate::store::{EndReason, LineFilter, Notice};
 use crate::users::{Users, hash_key};
 
 /// What one output token costs; input is free, so that a hold is what its `max_tokens` cost.
-const TOKEN_NANO: i64 = 1000;
+pub const TOKEN_NANO: i64 = 1000;
+pub const KEY: &str = "sk-ann";
 
 /// A node of a cluster, as far as its books go.
-struct Node {
+pub struct Node {
     ledger: Arc<Ledger>,
     users: Users,
     store: Store,
     tasks: Vec<JoinHandle<()>>,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 async fn database(balance_nano: i64) -> Option<DatabaseUrl> {
     let url = DatabaseUrl::Postgres(Secret::new(cluster::database()?));
     let store = Store::open(&url).await.unwrap();
-    let key = (hash_key("sk-ann"), "ann".to_owned());
+    let key = (hash_key(KEY), "ann".to_owned());
     store.add_user("ann".into(), "default".into(), balance_nano, Some(key)).await.unwrap();
     Some(url)
 }
@@ -39,9 +40,7 @@ impl Node {
     async fn start(url: &DatabaseUrl, fence_s: u64, forfeit_s: u64) -> Node {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(url).await.unwrap();
-        let mut bounds = Config::load(None, [], &["openai", "demo"]).unwrap().ledger;
-        (bounds.fence_s, bounds.forfeit_s) = (fence_s, forfeit_s);
-        bounds.on_low_balance = LowBalance::Refuse;
+        let bounds = config::Ledger { fence_s, forfeit_s, ..Node::bounds() };
         let ledger = Ledger::start(store.clone(), folder.path(), &bounds).await.unwrap();
         let users = Users::load(&store).await.unwrap();
         let (heard, by) = (store.listen().unwrap(), ledger.clone());
@@ -53,10 +52,40 @@ impl Node {
                 }
             }
         });
-        let mut node = Node { ledger, users, store, tasks: vec![listening], _folder: folder };
+        let mut node = Node { ledger, users, store, tasks: vec![listening], folder };
         node.live();
         tokio::time::sleep(Duration::from_millis(200)).await; // until it listens
         node
+    }
+
+    /// A node whose heart does not beat by itself and that hears nothing: what it does is done by hand.
+    pub async fn quiet(store: &Store) -> Node {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::start(store.clone(), folder.path(), &Node::bounds()).await.unwrap();
+        let users = Users::load(store).await.unwrap();
+        Node { ledger, users, store: store.clone(), tasks: Vec::new(), folder }
+    }
+
+    fn bounds() -> config::Ledger {
+        let mut bounds = Config::load(None, [], &["openai", "demo"]).unwrap().ledger;
+        bounds.on_low_balance = LowBalance::Refuse;
+        bounds
+    }
+
+    pub fn boot(&self) -> Arc<Boot> {
+        self.ledger.boot.load_full()
+    }
+
+    /// `kill -9`, and a start on the same disk.
+    pub async fn crash_and_start(&mut self) {
+        self.boot().journal.abandon();
+        self.ledger = Ledger::start(self.store.clone(), self.folder.path(), &Node::bounds()).await.unwrap();
+    }
+
+    /// What a node does that finds itself fenced off.
+    pub async fn begin_again(&mut self) {
+        self.boot().retire(Duration::from_secs(1)).await.unwrap();
+        self.ledger = Ledger::start(self.store.clone(), self.folder.path(), &Node::bounds()).await.unwrap();
     }
 
     fn live(&mut self) {
@@ -72,10 +101,15 @@ impl Node {
     }
 
     async fn open(&self, max_tokens: u64) -> Result<OpenLine, Error> {
+        self.open_as("r", max_tokens).await
+    }
+
+    pub async fn open_as(&self, request_id: &str, max_tokens: u64) -> Result<OpenLine, Error> {
         let body = format!(r#"{{"model":"m","max_tokens":{max_tokens},"messages":[{{"role":"user","content":"x"}}]}}"#);
         let body = Bytes::from(body);
         let head = Head::read(&body).unwrap();
-        let price_version = self.store.price_version("m".into(), price()).await.unwrap();
+        // A fault is for the call, not for the test.
+        let price_version = Store::price_version(&self.unfailing(), "m".into(), price()).await.unwrap();
         let model = Arc::new(Model {
             name: "m".into(),
             price: price(),
@@ -86,24 +120,29 @@ impl Node {
             vocabulary: Vocabulary::O200k,
             offers: Vec::new(),
         });
-        let key = self.users.find("sk-ann", 0).unwrap();
+        let key = self.users.find(KEY, 0).unwrap();
         let ask = Ask {
             key: &key,
             model: &model,
             model_asked: "m",
             head: &head,
             body: &body,
-            request_id: "r".into(),
+            request_id: request_id.into(),
             client_request_id: None,
         };
         self.ledger.open(ask).await
+    }
+
+    /// The same store, without its faults.
+    fn unfailing(&self) -> Store {
+        Store { faults: Arc::default(), ..self.store.clone() }
     }
 
     async fn balance_nano(&self) -> i64 {
         self.store.user("ann".into()).await.unwrap().balance_nano
     }
 
-    async fn lines(&self) -> Vec<Line> {
+    pub async fn lines(&self) -> Vec<Line> {
         let lines = self.store.lines(LineFilter { limit: 1000, ..LineFilter::default() }).await.unwrap();
         lines.into_iter().map(|(_, line)| line).collect()
     }
@@ -120,7 +159,7 @@ fn price() -> PriceRow {
 }
 
 /// A whole answer of so many tokens.
-fn answered(output: u64) -> Ended {
+pub fn answered(output: u64) -> Ended {
     Ended { reason: EndReason::Complete, output, content: true, ..Ended::failed(200, true) }
 }
 
@@ -175,7 +214,7 @@ async fn a_node_behind_its_fence_takes_no_hold_and_no_slice_and_begins_again() {
     node.freeze().await;
     tokio::time::sleep(Duration::from_millis(1300)).await;
     assert!(matches!(node.open(10).await.map(drop), Err(Error::NodeUnavailable { .. })));
-    assert!(!running.take_slices(300), "the room has the money, and may not give it");
+    assert!(!running.take_slices(300, 0), "the room has the money, and may not give it");
     running.handed_over(10, false);
     node.live();
     eventually("it begins again", async || node.open(10).await.is_ok()).await;

@@ -223,7 +223,7 @@ impl Relay {
     fn take(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
         if frames.output_at_most() > line.covered() {
             let output = frames.output();
-            if output > line.covered() && !line.take_slices(output) {
+            if output > line.covered() && !line.take_slices(output, frames.output_before()) {
                 self.flush_span(&frames);
                 // Until the money is there, this is all that was handed over.
                 self.output = frames.output_before();
@@ -238,14 +238,14 @@ impl Relay {
     fn take_after_asking(
         &mut self,
         cx: &mut Context<'_>,
-        mut frames: Box<Frames>,
+        frames: Box<Frames>,
         mut line: OpenLine,
         frame: Frame,
         slices: Option<Slices>,
     ) {
-        let output = frames.output();
         self.last_chunk = Instant::now(); // it was we who did not read
-        match slices.map(|slices| line.add_slices(slices, output)) {
+        // `output` is the count before this frame.
+        match slices.map(|slices| line.add_slices(slices, self.output)) {
             Some(true) => self.release(cx, frames, line, frame),
             Some(false) => self.break_off(frames, line, EndReason::UpstreamError, &JOURNAL_FULL),
             None => self.cut(frames, line),
@@ -259,7 +259,8 @@ impl Relay {
         }
         if frame.finish || (frame.content && !self.content) {
             let output = frames.output();
-            if !line.mark(output) {
+            // Nothing of the first content has been handed over yet.
+            if !line.mark(if self.content { output } else { 0 }) {
                 return self.break_off(frames, line, EndReason::UpstreamError, &JOURNAL_FULL);
             }
             self.output = output;

@@ -38,12 +38,14 @@ async fn lock_live<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
 /// Gives back what a boot has leased; its row is locked.
 async fn return_leases<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
     // In the order of users, as everybody locks them.
-    let sql = format!("SELECT user_id, amount_nano FROM leases WHERE boot = $1 ORDER BY user_id{}", T::FOR_UPDATE);
-    for lease in tx.rows(&sql, given![boot]).await? {
-        let (user_id, amount): (i64, i64) = (lease.get(0)?, lease.get(1)?);
-        let sql = "UPDATE users SET balance_nano = balance_nano + $2 WHERE id = $1";
-        tx.execute(sql, given![user_id, amount]).await?;
-    }
+    let sql = format!(
+        "SELECT id FROM users WHERE id IN (SELECT user_id FROM leases WHERE boot = $1 AND amount_nano > 0) ORDER BY id{}",
+        T::FOR_UPDATE
+    );
+    tx.rows(&sql, given![boot]).await?;
+    let sql = "UPDATE users SET balance_nano = balance_nano + leases.amount_nano FROM leases
+               WHERE leases.user_id = users.id AND leases.boot = $1 AND leases.amount_nano > 0";
+    tx.execute(sql, given![boot]).await?;
     tx.execute("DELETE FROM leases WHERE boot = $1", given![boot]).await?;
     Ok(())
 }
@@ -130,36 +132,23 @@ pub async fn leased_elsewhere<T: Tx>(
         format!("CAST(coalesce(sum(CASE WHEN boots.seen_ms {heard} $3 THEN amount_nano ELSE 0 END), 0) AS BIGINT)")
     };
     let sql = format!(
-        "SELECT {}, {} FROM leases JOIN boots ON boots.id = leases.boot WHERE leases.user_id = $1 AND leases.boot <> $2",
+        "SELECT {}, {}, (SELECT balance_nano FROM users WHERE id = $1)
+         FROM leases JOIN boots ON boots.id = leases.boot WHERE leases.user_id = $1 AND leases.boot <> $2",
         sum(">="),
         sum("<")
     );
     let row = tx.row(&sql, given![user_id, boot, heard_ms]).await?.ok_or(StoreError::Moved)?;
-    Ok(Elsewhere { live_nano: row.get(0)?, silent_nano: row.get(1)? })
+    Ok(Elsewhere { live_nano: row.get(0)?, silent_nano: row.get(1)?, balance_nano: row.get(2)? })
 }
 
 pub async fn ask_back<T: Tx>(tx: &T, user_id: i64, asking: BootId) -> Result<(), StoreError> {
     tx.tell_short(user_id, asking).await
 }
 
-pub async fn forfeit_silent<T: Tx>(tx: &T, boot: BootId, forfeit_ms: i64) -> Result<Vec<BootId>, StoreError> {
-    let seen_ms = tx.now_ms().await? - forfeit_ms;
-    let sql =
-        format!("SELECT id FROM boots WHERE state = 'live' AND seen_ms < $1 AND id <> $2 ORDER BY id{}", T::FOR_UPDATE);
-    let mut forfeited = Vec::new();
-    for row in tx.rows(&sql, given![seen_ms, boot]).await? {
-        let silent: BootId = row.get(0)?;
-        forfeit(tx, silent).await?;
-        forfeited.push(silent);
-    }
-    Ok(forfeited)
-}
-
-/// Its row is locked.
-async fn forfeit<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
-    return_leases(tx, boot).await?;
-    tx.execute("UPDATE boots SET state = 'forfeited' WHERE id = $1", given![boot]).await?;
-    Ok(())
+pub async fn silent_boots<T: Tx>(tx: &T, boot: BootId, silent_ms: i64) -> Result<Vec<BootId>, StoreError> {
+    let seen_ms = tx.now_ms().await? - silent_ms;
+    let sql = "SELECT id FROM boots WHERE state = 'live' AND seen_ms < $1 AND id <> $2";
+    tx.rows(sql, given![seen_ms, boot]).await?.iter().map(|row| row.get(0)).collect()
 }
 
 pub async fn release_boot<T: Tx>(tx: &T, boot: BootId, silent_ms: i64) -> Result<i64, StoreError> {
@@ -172,7 +161,8 @@ pub async fn release_boot<T: Tx>(tx: &T, boot: BootId, silent_ms: i64) -> Result
     }
     let sql = "SELECT CAST(coalesce(sum(amount_nano), 0) AS BIGINT) FROM leases WHERE boot = $1";
     let amount = tx.row(sql, given![boot]).await?.ok_or(StoreError::Moved)?.get(0)?;
-    forfeit(tx, boot).await?;
+    return_leases(tx, boot).await?;
+    tx.execute("UPDATE boots SET state = 'forfeited' WHERE id = $1", given![boot]).await?;
     Ok(amount)
 }
 

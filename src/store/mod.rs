@@ -70,10 +70,14 @@ impl std::error::Error for StoreError {}
 
 /// A handle to the database; cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Store(Database);
+pub struct Store {
+    pub(crate) database: Database,
+    #[cfg(test)]
+    pub(crate) faults: Arc<tests::Faults>,
+}
 
 #[derive(Clone, Debug)]
-enum Database {
+pub(crate) enum Database {
     Sqlite(Sqlite),
     Postgres(Arc<Postgres>),
 }
@@ -81,19 +85,24 @@ enum Database {
 impl Store {
     /// Opens the database and migrates it. A SQLite file and its folder are made when absent.
     pub async fn open(url: &DatabaseUrl) -> Result<Store, StoreError> {
-        Ok(Store(match url {
+        let database = match url {
             DatabaseUrl::Sqlite(path) => {
                 let path = path.clone();
                 let opening = tokio::task::spawn_blocking(move || Sqlite::open(&path));
                 Database::Sqlite(opening.await.map_err(|error| StoreError::Database(error.to_string()))??)
             }
             DatabaseUrl::Postgres(url) => Database::Postgres(Arc::new(Postgres::open(url.expose()).await?)),
-        }))
+        };
+        Ok(Store {
+            database,
+            #[cfg(test)]
+            faults: Arc::default(),
+        })
     }
 
     /// Tells when another node changed something, or asks for a user's money; `None` where there are no other nodes.
     pub fn listen(&self) -> Option<mpsc::Receiver<Notice>> {
-        match &self.0 {
+        match &self.database {
             Database::Sqlite(_) => None,
             Database::Postgres(postgres) => Some(postgres.listen()),
         }
@@ -108,7 +117,9 @@ macro_rules! transactions {
             $(#[$doc])*
             pub async fn $name(&self, $($given: $type),*) -> Result<$result, StoreError> {
                 let (writes, long) = (matches!(stringify!($mode), "write"), matches!(stringify!($mode), "report"));
-                match &self.0 {
+                #[cfg(test)]
+                self.faults.before()?;
+                let worked = match &self.database {
                     Database::Sqlite(sqlite) => sqlite.run(writes, move |tx| at_once($room::$name(tx, $($given),*))).await,
                     Database::Postgres(postgres) => {
                         let mut lent = postgres.lend().await?;
@@ -125,7 +136,10 @@ macro_rules! transactions {
                         }
                         worked
                     }
-                }
+                };
+                #[cfg(test)]
+                self.faults.after()?;
+                worked
             }
         )* }
     };
@@ -151,8 +165,8 @@ transactions! {
     read books::leased_elsewhere(boot: BootId, user_id: i64, silent_ms: i64) -> Elsewhere;
     /// Asks every other node to give back what it has free of a user's money.
     write books::ask_back(user_id: i64, asking: BootId) -> ();
-    /// Gives back what boots have leased that were not heard of for `forfeit_ms`, by the database's clock; which they are.
-    write books::forfeit_silent(boot: BootId, forfeit_ms: i64) -> Vec<BootId>;
+    /// Other boots that were not heard of for `silent_ms`, by the database's clock.
+    read books::silent_boots(boot: BootId, silent_ms: i64) -> Vec<BootId>;
     /// Gives back what one boot has leased, if it was not heard of for `silent_ms`; how much, in nano-units.
     write books::release_boot(boot: BootId, silent_ms: i64) -> i64;
     /// All leases, the oldest boot first.

@@ -1,13 +1,13 @@
 //! PostgreSQL: a few pooled connections, and deadlines for whatever crosses the network.
 
 use std::error::Error as _;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
 use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{AsyncMessage, Config, Transaction};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -33,6 +33,8 @@ const UNANSWERED_MAX: Duration = Duration::from_secs(10);
 const NOTICES_MAX: usize = 256;
 /// A listener whose connection has ended tries again after this.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+/// And one that hears nothing asks so often whether anybody is there.
+const LISTEN_CHECK: Duration = Duration::from_secs(5);
 
 /// The pool, and how to connect beside it.
 pub struct Postgres {
@@ -55,11 +57,12 @@ impl Postgres {
         let mut config: Config =
             url.parse().map_err(|_| StoreError::Open("PostgreSQL".into(), "its URL does not parse".into()))?;
         let options = format!(
-            "{} -c statement_timeout={ms} -c idle_in_transaction_session_timeout={ms}",
+            "{} -c synchronous_commit=on -c statement_timeout={ms} -c idle_in_transaction_session_timeout={ms}",
             config.get_options().unwrap_or_default(),
             ms = TRANSACTION_MAX.as_millis()
         );
-        config.options(options).connect_timeout(CONNECT_MAX).tcp_user_timeout(UNANSWERED_MAX);
+        config.options(options).connect_timeout(CONNECT_MAX);
+        config.tcp_user_timeout(UNANSWERED_MAX).keepalives_idle(UNANSWERED_MAX);
         if config.get_application_name().is_none() {
             config.application_name("gpt-cat");
         }
@@ -107,25 +110,28 @@ impl Postgres {
 }
 
 async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Sender<Notice>) -> Result<(), StoreError> {
-    let (client, mut connection) = config.connect(tls.clone()).await?;
-    let mut listen = pin!(client.batch_execute("LISTEN gpt_cat"));
-    let mut listening = false;
-    loop {
-        tokio::select! {
-            done = &mut listen, if !listening => {
-                done?;
-                listening = true;
+    let late = |_| StoreError::Database("no answer in time".into());
+    let (client, mut connection) = timeout(TRANSACTION_MAX, config.connect(tls.clone())).await.map_err(late)??;
+    let hearing = async {
+        while let Some(message) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
+            if let AsyncMessage::Notification(notice) = message? {
+                let _ = told.try_send(read_notice(notice.payload())); // a full queue: it is asked again
             }
-            message = std::future::poll_fn(|cx| connection.poll_message(cx)) => match message {
-                Some(Ok(AsyncMessage::Notification(notice))) => {
-                    let _ = told.try_send(read_notice(notice.payload())); // a full queue has said it already
-                }
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Err(error.into()),
-                None => return Ok(()),
-            },
-            () = told.closed() => return Ok(()),
         }
+        Ok(())
+    };
+    // A connection that only reads does not notice that nobody is there any more.
+    let asking = async {
+        client.batch_execute("LISTEN gpt_cat").await?;
+        loop {
+            sleep(LISTEN_CHECK).await;
+            timeout(TRANSACTION_MAX, client.batch_execute("SELECT 1")).await.map_err(late)??;
+        }
+    };
+    tokio::select! {
+        ended = hearing => ended,
+        failed = asking => failed,
+        () = told.closed() => Ok(()),
     }
 }
 
@@ -251,7 +257,7 @@ impl PgTx<'_> {
 }
 
 impl Tx for PgTx<'_> {
-    const FOR_UPDATE: &'static str = " FOR UPDATE";
+    const FOR_UPDATE: &'static str = " FOR NO KEY UPDATE";
 
     async fn execute(&self, sql: &str, given: &[Value]) -> Result<u64, StoreError> {
         let statement = self.0.prepare_cached(sql).await?;

@@ -111,6 +111,8 @@ pub struct Elsewhere {
     pub live_nano: i64,
     /// Of boots that nobody has heard of lately.
     pub silent_nano: i64,
+    /// What is in the balance by now.
+    pub balance_nano: i64,
 }
 
 /// A lease, as an operator sees it.

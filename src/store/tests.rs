@@ -1,10 +1,50 @@
 //! The same promises on both databases.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 use crate::config::Secret;
 
 #[path = "../../tests/support/cluster.rs"]
 pub mod cluster;
+
+/// What goes wrong on the way to the database: the next transaction is lost before it begins, or its outcome after it
+/// has committed.
+#[derive(Debug, Default)]
+pub struct Faults {
+    before: AtomicBool,
+    after: AtomicBool,
+}
+
+impl Faults {
+    pub fn lose_the_next(&self) {
+        self.before.store(true, Ordering::Relaxed);
+    }
+
+    pub fn lose_the_next_outcome(&self) {
+        self.after.store(true, Ordering::Relaxed);
+    }
+
+    pub fn end(&self) {
+        self.before.store(false, Ordering::Relaxed);
+        self.after.store(false, Ordering::Relaxed);
+    }
+
+    pub fn before(&self) -> Result<(), StoreError> {
+        Faults::happen(&self.before)
+    }
+
+    pub fn after(&self) -> Result<(), StoreError> {
+        Faults::happen(&self.after)
+    }
+
+    fn happen(fault: &AtomicBool) -> Result<(), StoreError> {
+        match fault.swap(false, Ordering::Relaxed) {
+            true => Err(StoreError::Database("lost".into())),
+            false => Ok(()),
+        }
+    }
+}
 
 /// A store for as long as its folder or database lives.
 pub struct Fixture {

@@ -194,6 +194,9 @@ impl Journal {
         }
         let record = encode(Kind::Open, open.line.sequence, open);
         let mut writer = self.lock();
+        if self.stopped.load(Ordering::Acquire) {
+            return Err(JournalFull);
+        }
         let need = record.len() as u64 + ROOM_BYTES;
         if !self.make_free(&mut writer, need) {
             return Err(JournalFull);
@@ -367,10 +370,17 @@ impl Journal {
         self.damaged.load(Ordering::Relaxed)
     }
 
+    /// Ends as a process ends that is killed: the lock goes, everything else stays as it is.
+    #[cfg(test)]
+    pub fn abandon(&self) {
+        self.stopped.store(true, Ordering::Release);
+        rustix::fs::flock(&self._lock, rustix::fs::FlockOperation::Unlock).expect("it is locked");
+    }
+
     /// Stops the thread; with `remove` the folder goes too, which only a shipped journal may.
     pub fn close(&self, remove: bool) {
-        self.stopped.store(true, Ordering::Release);
         let writer = self.lock();
+        self.stopped.store(true, Ordering::Release);
         self.wake_sync.notify_all();
         drop(writer);
         if remove && let Err(error) = fs::remove_dir_all(&self.folder) {
@@ -380,8 +390,12 @@ impl Journal {
 
     /// Sees to it that so many bytes are free beside what is reserved, with a further segment where the bound allows it.
     fn make_free(&self, writer: &mut Writer, bytes: u64) -> bool {
+        self.make_free_within(writer, bytes, self.bytes_max)
+    }
+
+    fn make_free_within(&self, writer: &mut Writer, bytes: u64, bytes_max: u64) -> bool {
         while writer.free() < writer.reserved + bytes {
-            if (writer.segments.len() as u64 + 1) * SEGMENT_BYTES > self.bytes_max && !writer.give_up_first() {
+            if (writer.segments.len() as u64 + 1) * SEGMENT_BYTES > bytes_max && !writer.give_up_first() {
                 return false;
             }
             if let Err(error) = writer.allocate(&self.folder) {
@@ -468,11 +482,16 @@ impl Journal {
                 continue;
             }
             let first = writer.segments[0].number;
+            let passed = writer.segments[0].passed.take(); // nobody gives it up meanwhile
             drop(writer);
-            if !self.move_calls(first) {
+            let moved = self.move_calls(first);
+            self.sync(); // what was copied is on disk before the first copy goes
+            if let Some(segment) = self.lock().segment(first) {
+                segment.passed = passed;
+            }
+            if !moved {
                 return;
             }
-            self.sync(); // what was copied is on disk before the first copy goes
         }
     }
 
@@ -493,7 +512,8 @@ impl Journal {
                     return false;
                 };
                 let bytes = open.len() + mark.as_ref().map_or(0, Vec::len);
-                if !self.make_free(&mut writer, bytes as u64) {
+                // One segment beyond the bound, which gives up at least one.
+                if !self.make_free_within(&mut writer, bytes as u64, self.bytes_max + SEGMENT_BYTES) {
                     return false;
                 }
                 let copied = writer.append(&open).and_then(|open| {

@@ -177,8 +177,10 @@ fn lost_syncs_cost_what_was_written_since_the_last_one_and_nothing_before_it() {
         let mut written = BTreeSet::new();
         let mut synced = 0;
         let dead = dead(root.path(), |journal| {
-            journal.close(false); // the thread syncs no more: here it is done by hand
-            std::thread::sleep(Duration::from_millis(1));
+            // The thread ends: here it is synced by hand.
+            journal.stopped.store(true, Ordering::Release);
+            std::thread::sleep(3 * SYNC_EVERY);
+            journal.stopped.store(false, Ordering::Release);
             for sequence in 1..=60 {
                 let mut place = open(journal, sequence).unwrap();
                 journal.mark(&mut place, sequence, &Mark { output: sequence, hold_nano: 100, ..Mark::default() });

@@ -211,14 +211,39 @@ pub enum ConfigCommand {
 pub struct UsageArgs {
     #[arg(long)]
     user: Option<String>,
+    /// A key's id, as `key list` shows it
+    #[arg(long)]
+    key: Option<i64>,
     #[arg(long)]
     model: Option<String>,
+    /// An account's name
+    #[arg(long)]
+    account: Option<String>,
+    /// How they ended, such as complete or client_gone
+    #[arg(long, value_parser = END_REASONS)]
+    end_reason: Option<String>,
     /// Calls that began within so many hours
-    #[arg(long, value_name = "HOURS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "HOURS", value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "since")]
     hours: Option<u32>,
+    /// Calls that began at this moment or later, such as 2026-01-31T00:00:00Z
+    #[arg(long, value_name = "MOMENT", value_parser = moment_ms)]
+    since: Option<i64>,
+    /// Calls that began before this moment
+    #[arg(long, value_name = "MOMENT", value_parser = moment_ms)]
+    until: Option<i64>,
     /// At most this many lines
     #[arg(long, default_value_t = 100)]
     limit: u32,
+    /// Print CSV (RFC 4180) instead of a table
+    #[arg(long, conflicts_with = "json")]
+    csv: bool,
+}
+
+const END_REASONS: [&str; 7] = ["complete", "length", "client_gone", "failed", "upstream_error", "crashed", "drained"];
+
+fn moment_ms(text: &str) -> Result<i64, String> {
+    let read = text.parse::<jiff::Timestamp>();
+    read.map(|moment| moment.as_millisecond()).map_err(|_| "expected a moment such as 2026-01-31T00:00:00Z".into())
 }
 
 fn credit(text: &str) -> Result<i64, String> {
@@ -305,7 +330,15 @@ impl Desk<'_> {
                 self.done("removed")
             }
             Command::Model(ModelCommand::List) => self.print(&show::models(self.config)),
-            Command::Usage(args) => self.print(&show::usage(store, args.filter()).await?),
+            Command::Usage(args) => {
+                let csv = args.csv;
+                let listing = show::usage(store, args.filter()).await?;
+                if csv {
+                    write(listing.csv()?.trim_end())?;
+                    return Ok(true);
+                }
+                self.print(&listing)
+            }
             Command::Audit => self.audit().await,
             Command::Config(ConfigCommand::Check) => self.done("the configuration is good"),
         }
@@ -414,8 +447,17 @@ impl Desk<'_> {
 
 impl UsageArgs {
     fn filter(self) -> LineFilter {
-        let since_ms = self.hours.map(|hours| now_ms() - i64::from(hours) * 3_600_000);
-        LineFilter { user: self.user, model: self.model, since_ms, limit: self.limit }
+        let within = self.hours.map(|hours| now_ms() - i64::from(hours) * 3_600_000);
+        LineFilter {
+            user: self.user,
+            key_id: self.key,
+            model: self.model,
+            account: self.account,
+            end_reason: self.end_reason,
+            since_ms: self.since.or(within),
+            until_ms: self.until,
+            limit: self.limit,
+        }
     }
 }
 

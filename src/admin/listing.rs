@@ -37,6 +37,17 @@ impl Listing {
         }
     }
 
+    /// As CSV (RFC 4180), with a head; a value that is not there is empty.
+    pub fn csv(&self) -> Result<String, csv::Error> {
+        let mut out = csv::WriterBuilder::new().terminator(csv::Terminator::CRLF).from_writer(Vec::new());
+        out.write_record(self.columns)?;
+        for row in &self.rows {
+            out.write_record(row.iter().map(|value| if value.is_null() { String::new() } else { shown(value) }))?;
+        }
+        let bytes = out.into_inner().map_err(|error| error.into_error())?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     /// As text: a table, or a line a field.
     pub fn text(&self) -> String {
         let mut table = Table::new();
@@ -87,6 +98,9 @@ mod tests {
         let listing =
             Listing::list(&["name", "count"], vec![vec!["a".into(), 1.into()], vec!["b".into(), Value::Null]]);
         assert_eq!(listing.json(), serde_json::json!([{ "name": "a", "count": 1 }, { "name": "b", "count": null }]));
+        assert_eq!(listing.csv().unwrap(), "name,count\r\na,1\r\nb,\r\n");
+        let quoted = Listing::list(&["name"], vec![vec!["a \"b\", c".into()]]);
+        assert_eq!(quoted.csv().unwrap(), "name\r\n\"a \"\"b\"\", c\"\r\n");
         let text = listing.text();
         assert!(text.contains("name") && text.contains('a') && text.contains('-'), "{text}");
     }

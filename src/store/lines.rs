@@ -12,9 +12,13 @@ pub async fn lines<T: Tx>(tx: &T, filter: LineFilter) -> Result<Vec<(String, Lin
     let sql = format!(
         "SELECT {LINE_COLUMNS}, users.name FROM lines JOIN users ON users.id = lines.user_id
          WHERE (CAST($1 AS TEXT) IS NULL OR users.name = $1) AND (CAST($2 AS TEXT) IS NULL OR model = $2)
-         AND (CAST($3 AS BIGINT) IS NULL OR started_ms >= $3) ORDER BY started_ms DESC, sequence DESC LIMIT $4"
+         AND (CAST($3 AS BIGINT) IS NULL OR started_ms >= $3) AND (CAST($4 AS BIGINT) IS NULL OR started_ms < $4)
+         AND (CAST($5 AS BIGINT) IS NULL OR key_id = $5) AND (CAST($6 AS TEXT) IS NULL OR end_reason = $6)
+         AND (CAST($7 AS TEXT) IS NULL OR account_id IN (SELECT id FROM accounts WHERE name = $7))
+         ORDER BY started_ms DESC, sequence DESC LIMIT $8"
     );
-    let given = given![filter.user, filter.model, filter.since_ms, filter.limit];
+    let LineFilter { user, key_id, model, account, end_reason, since_ms, until_ms, limit } = filter;
+    let given = given![user, model, since_ms, until_ms, key_id, end_reason, account, limit];
     tx.rows(&sql, given).await?.iter().map(|row| Ok((row.get(LINE_FIELDS)?, line_row(row)?))).collect()
 }
 

@@ -282,8 +282,14 @@ pub struct Line {
 #[derive(Clone, Debug, Default)]
 pub struct LineFilter {
     pub user: Option<String>,
+    /// As `key list` shows it.
+    pub key_id: Option<i64>,
     pub model: Option<String>,
+    /// The account's name.
+    pub account: Option<String>,
+    pub end_reason: Option<String>,
     pub since_ms: Option<i64>,
+    pub until_ms: Option<i64>,
     /// At most this many, newest first.
     pub limit: u32,
 }

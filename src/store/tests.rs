@@ -226,8 +226,20 @@ async fn a_line_comes_back_as_it_was_shipped_and_once() {
         assert_eq!(stored.into_iter().map(|(_, line)| line).collect::<Vec<_>>(), shipped);
         assert_eq!(store.lease(boot, user).await.unwrap().amount_nano, 70);
         assert_eq!(store.boot(boot).await.unwrap(), Some(BootState { live: true, shipped: 3 }));
-        let filter = LineFilter { user: Some("ann".into()), model: Some("m".into()), since_ms: Some(3), limit: 9 };
-        assert_eq!(store.lines(filter).await.unwrap().len(), 1);
+        let all = LineFilter { limit: 9, ..LineFilter::default() };
+        let some = LineFilter { user: Some("ann".into()), model: Some("m".into()), key_id: Some(key), ..all.clone() };
+        let complete = LineFilter { end_reason: Some("complete".into()), since_ms: Some(2), ..some.clone() };
+        for (filter, count) in [
+            (some, 3),
+            (complete.clone(), 2),
+            (LineFilter { until_ms: Some(3), ..complete }, 1),
+            (LineFilter { user: Some("bob".into()), ..all.clone() }, 0),
+            (LineFilter { key_id: Some(key + 1), ..all.clone() }, 0),
+            (LineFilter { account: Some("main".into()), ..all.clone() }, 0),
+            (LineFilter { end_reason: Some("crashed".into()), ..all }, 0),
+        ] {
+            assert_eq!(store.lines(filter.clone()).await.unwrap().len(), count, "{filter:?}");
+        }
         let audit = store.audit(|_, _| None).await.unwrap();
         assert_eq!((audit.lines, audit.charged_nano, audit.users[0].difference_nano()), (3, 30, 0));
     }

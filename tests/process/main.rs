@@ -199,6 +199,9 @@ fn every_subcommand_works_beside_a_running_server() {
     assert!(gateway.answer(DEMO).contains("[DONE]"));
     assert_ne!(json(path, &["lease", "list"]), Value::Array(vec![]));
     until("the line is stored", || !json(path, &["usage"]).as_array().unwrap().is_empty());
+    let (csv, good) = run(path, &["usage", "--csv", "--end-reason", "complete", "--since", "2020-01-01T00:00:00Z"]);
+    assert!(good && csv.starts_with("started,user,model,") && csv.lines().count() == 2, "{csv}");
+    assert_eq!(json(path, &["usage", "--until", "2020-01-01T00:00:00Z"]), Value::Array(vec![]));
     let all = json(path, &["user", "show", "first"])["balance"].as_str().unwrap().to_owned();
     assert_eq!(json(path, &["user", "debit", "first", &all])["balance"], "0.00");
     assert!(gateway.answer(DEMO).contains("insufficient_quota"));

@@ -293,24 +293,11 @@ impl OpenLine {
         boot.journal.mark(&mut inner.place, inner.line.sequence, &mark)
     }
 
-    /// Takes as many further slices as `output` needs from the room that there is, and writes MARK; false when the room
-    /// does not have them.
-    pub fn take_slices(&mut self, output: u64, handed_over: u64) -> bool {
-        let fenced = self.boot.is_fenced();
-        let inner = self.inner_mut();
-        let slices = inner.slices(output);
-        if fenced || !inner.may_slice() || !inner.purse.take(inner.slices_nano(slices)) {
-            return false;
-        }
-        inner.held += inner.slices_nano(slices);
-        inner.covered += slices * SLICE_TOKENS;
-        self.mark(handed_over)
-    }
-
-    /// Asks the store for the money of those slices; `None` when it is not there.
-    pub fn slices_from_store(&self, output: u64) -> impl Future<Output = Option<Slices>> + Send + 'static {
+    /// Takes as many further slices as `output` needs from the room that there is, or asks the store for their money;
+    /// `None` when it is not there.
+    pub fn slices(&self, output: u64) -> impl Future<Output = Option<Slices>> + Send + 'static {
         let (boot, inner) = (self.boot.clone(), self.inner());
-        let (purse, slices, may) = (inner.purse.clone(), inner.slices(output), inner.may_slice());
+        let (purse, slices, may) = (inner.purse.clone(), inner.slices_missing(output), inner.may_slice());
         let amount = inner.slices_nano(slices);
         async move {
             if !may {
@@ -335,7 +322,7 @@ impl OpenLine {
         }
     }
 
-    /// Adds slices that came from the store, and writes MARK; false when it cannot be written.
+    /// Adds slices, and writes MARK; false when it cannot be written.
     pub fn add_slices(&mut self, Slices { slices, taken }: Slices, handed_over: u64) -> bool {
         let inner = self.inner_mut();
         inner.held += taken.keep();
@@ -421,7 +408,7 @@ impl Inner {
     }
 
     /// Slices that are missing for `output`.
-    fn slices(&self, output: u64) -> u64 {
+    fn slices_missing(&self, output: u64) -> u64 {
         output.saturating_sub(self.covered).div_ceil(SLICE_TOKENS)
     }
 

@@ -77,10 +77,8 @@ async fn history(steps: Vec<Step>) {
                 let (_, _, line) = &mut open[at];
                 let output = line.covered() + tokens;
                 // It would wait for other calls, which go on only when this step is over.
-                let asking = tokio::time::timeout(Duration::from_millis(100), line.slices_from_store(output));
-                if !line.take_slices(output, 0)
-                    && let Ok(Some(slices)) = asking.await
-                {
+                let asking = tokio::time::timeout(Duration::from_millis(100), line.slices(output));
+                if let Ok(Some(slices)) = asking.await {
                     line.add_slices(slices, 0);
                 }
             }

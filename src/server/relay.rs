@@ -220,14 +220,19 @@ impl Relay {
     }
 
     /// Hands a frame on if its tokens are paid for, and if what a crash would charge is written down.
-    fn take(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, mut line: OpenLine, frame: Frame) {
+    fn take(&mut self, cx: &mut Context<'_>, mut frames: Box<Frames>, line: OpenLine, frame: Frame) {
         if frames.output_at_most() > line.covered() {
             let output = frames.output();
-            if output > line.covered() && !line.take_slices(output, frames.output_before()) {
+            if output > line.covered() {
                 self.flush_span(&frames);
                 // Until the money is there, this is all that was handed over.
                 self.output = frames.output_before();
-                let asking = Box::pin(line.slices_from_store(output));
+                let slices = line.slices(output);
+                let asking = Box::pin(async move {
+                    // A pause of one poll, in which the server writes what it has: the MARK of the slice charges it.
+                    tokio::task::yield_now().await;
+                    slices.await
+                });
                 self.phase = Phase::Asking(frames, line, asking, frame);
                 return;
             }

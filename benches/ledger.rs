@@ -5,11 +5,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use criterion::{Criterion, criterion_group, criterion_main};
 use gpt_cat::catalog::Model;
+use gpt_cat::config::Price;
 use gpt_cat::config::{Config, DatabaseUrl};
 use gpt_cat::ledger::{Ask, Ended, Ledger};
 use gpt_cat::meter::Vocabulary;
 use gpt_cat::request::Head;
-use gpt_cat::store::{EndReason, PriceRow, Store};
+use gpt_cat::store::{EndReason, Store};
 use gpt_cat::users::{Users, hash_key};
 
 fn ledger(c: &mut Criterion) {
@@ -20,11 +21,10 @@ fn ledger(c: &mut Criterion) {
         let store = Store::open(&DatabaseUrl::Sqlite(folder.path().join("x.db"))).await.expect("a database");
         let key = (hash_key("sk-bench"), "ench".to_owned());
         store.add_user("ann".into(), "default".into(), i64::MAX / 4, Some(key)).await.expect("a user");
-        let price =
-            PriceRow { input_nano: 2_500_000_000, cached_input_nano: 0, output_nano: 10_000_000_000, per_call_nano: 0 };
+        let price = Price::plain(2_500_000_000, 10_000_000_000);
         let model = Arc::new(Model {
             name: "gpt-4o".into(),
-            price,
+            price: price.clone(),
             price_version: store.price_version("gpt-4o".into(), price).await.expect("a price"),
             context: 128_000,
             max_output: 16_384,

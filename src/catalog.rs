@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::config;
 use crate::meter::Vocabulary;
-use crate::store::{PriceRow, Store, StoreError};
+use crate::store::{Store, StoreError};
 
 /// One way to have a model answered.
 #[derive(Clone, Debug)]
@@ -21,7 +21,7 @@ pub struct Offer {
 #[derive(Debug)]
 pub struct Model {
     pub name: String,
-    pub price: PriceRow,
+    pub price: config::Price,
     pub price_version: i64,
     /// Tokens of prompt and output together.
     pub context: u64,
@@ -52,12 +52,6 @@ impl Catalog {
             if offers.is_empty() {
                 continue; // priced, but served by no endpoint
             }
-            let price = PriceRow {
-                input_nano: model.price.input_nano,
-                cached_input_nano: model.price.cached_input_nano,
-                output_nano: model.price.output_nano,
-                per_call_nano: model.price.per_call_nano,
-            };
             let vocabulary = offers
                 .iter()
                 .find_map(|offer| Vocabulary::of_model(&offer.upstream_model))
@@ -65,8 +59,8 @@ impl Catalog {
                 .unwrap_or(FOREIGN_VOCABULARY);
             let made = Model {
                 name: model.name.clone(),
-                price,
-                price_version: store.price_version(model.name.clone(), price).await?,
+                price: model.price.clone(),
+                price_version: store.price_version(model.name.clone(), model.price.clone()).await?,
                 context: model.context,
                 max_output: model.max_output,
                 bills_unseen: model.bills_unseen,

@@ -2,12 +2,12 @@
 
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use gpt_cat::admin::cli::{Cli, Command, ConfigCommand, Desk};
-use gpt_cat::config::{Config, LogFormat};
+use gpt_cat::admin::cli::{Cli, Command, ConfigCommand, Desk, PricesCommand, import_prices};
+use gpt_cat::config::{Config, Files, LogFormat};
 use gpt_cat::server::{Doors, Server};
 use gpt_cat::store::{MasterKey, Store};
 use gpt_cat::{admin, ledger, telemetry, upstream};
@@ -18,6 +18,8 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Read when `--config` and `GPT_CAT_CONFIG` name no other.
 const CONFIG_FILE: &str = "gpt-cat.toml";
+/// Read beside it when `--prices` and `GPT_CAT_PRICES` name no other.
+const PRICES_FILE: &str = "prices.toml";
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
@@ -31,8 +33,13 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<bool, Failure> {
-    let config = read_config(cli.config.as_deref())?;
     let command = cli.command.unwrap_or(Command::Serve);
+    let prices = cli.prices.clone().unwrap_or_else(|| beside(cli.config.as_deref()).join(PRICES_FILE));
+    if let Command::Prices(PricesCommand::Import { list, models }) = &command {
+        import_prices(list, models, &prices, cli.json)?;
+        return Ok(true);
+    }
+    let config = read_config(cli.config.as_deref(), &prices, cli.prices.is_some())?;
     for warning in &config.warnings {
         eprintln!("gpt-cat: warning: {warning}");
     }
@@ -119,14 +126,25 @@ fn print(text: &str) -> std::io::Result<()> {
     out.flush()
 }
 
-fn read_config(given: Option<&Path>) -> Result<Config, Failure> {
+/// The folder of the configuration file.
+fn beside(config: Option<&Path>) -> PathBuf {
+    config.and_then(Path::parent).unwrap_or(Path::new("")).to_owned()
+}
+
+fn read_config(given: Option<&Path>, prices: &Path, prices_given: bool) -> Result<Config, Failure> {
     let path = given.unwrap_or(Path::new(CONFIG_FILE));
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => Some(text),
-        Err(error) if given.is_none() && error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => return Err(format!("{}: {error}", path.display()).into()),
-    };
-    let shown = if text.is_some() { format!("{}:\n", path.display()) } else { String::new() };
-    Config::load(text.as_deref(), std::env::vars(), &upstream::dialects())
-        .map_err(|errors| format!("{shown}{errors}").into())
+    let config = read_file(path, given.is_some())?;
+    let prices = read_file(prices, prices_given)?;
+    let files = Files { config: config.as_deref(), prices: prices.as_deref() };
+    let shown = if config.is_some() { format!("{}:\n", path.display()) } else { String::new() };
+    Config::load(files, std::env::vars(), &upstream::dialects()).map_err(|errors| format!("{shown}{errors}").into())
+}
+
+/// A file's text; `None` where there is none, and nobody asked for it.
+fn read_file(path: &Path, asked_for: bool) -> Result<Option<String>, Failure> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if !asked_for && error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("{}: {error}", path.display()).into()),
+    }
 }

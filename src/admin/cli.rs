@@ -1,16 +1,18 @@
 //! The subcommands. Each opens the database itself, so it works with and without a server beside it.
 
+use std::fs::File;
 use std::io::{self, BufRead, IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::listing::Listing;
 use super::{NewKey, hint, show};
 use crate::config::Config;
 use crate::config::decimal::{Nano, parse_nano};
+use crate::config::import;
 use crate::store::{BootId, LineCheck, LineFilter, MasterKey, NewAccount, NewGroup, Store, StoreError, now_ms, unhex};
 
 /// A gateway for large language models: keys, balances and a pool of accounts behind OpenAI's API.
@@ -20,6 +22,9 @@ pub struct Cli {
     /// The configuration file [default: gpt-cat.toml, if it exists]
     #[arg(long, global = true, env = "GPT_CAT_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// The file of imported prices [default: prices.toml beside the configuration file, if it exists]
+    #[arg(long, global = true, env = "GPT_CAT_PRICES", value_name = "FILE")]
+    pub prices: Option<PathBuf>,
     /// Print JSON instead of a table
     #[arg(long, global = true)]
     pub json: bool,
@@ -49,6 +54,9 @@ pub enum Command {
     /// Served models
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Lists of prices
+    #[command(subcommand)]
+    Prices(PricesCommand),
     /// Lines of finished calls, newest first
     Usage(UsageArgs),
     /// Add everything up and recompute every line; exit code 1 if anything does not agree
@@ -202,6 +210,18 @@ pub enum ModelCommand {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum PricesCommand {
+    /// Write a file of prices from a list in LiteLLM's format (model_prices_and_context_window.json), in USD; the server
+    /// reads it at its next start
+    Import {
+        /// The list; - for standard input
+        list: PathBuf,
+        /// Only these models; NAME=ENTRY takes an entry of the list under another name
+        models: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
     /// Check the configuration, file and environment
     Check,
@@ -281,7 +301,7 @@ impl Desk<'_> {
     pub async fn run(&self, command: Command) -> Result<bool, Failure> {
         let store = self.store;
         match command {
-            Command::Serve => Err("serve is not a subcommand of the desk".into()),
+            Command::Serve | Command::Prices(_) => Err("this is not a subcommand of the desk".into()),
             Command::User(UserCommand::Add { name, balance, group }) => self.add_user(name, balance, group).await,
             Command::User(UserCommand::List) => self.print(&show::users(store).await?),
             Command::User(UserCommand::Show { name }) => self.print(&show::user(store, name).await?),
@@ -421,7 +441,7 @@ impl Desk<'_> {
         let (listing, wrong) = show::audit(self.store, self.check_line).await?;
         if self.json {
             let findings: Value = wrong.iter().map(String::as_str).collect();
-            write(&serde_json::json!({ "users": listing.json(), "findings": findings }).to_string())?;
+            write(&json!({ "users": listing.json(), "findings": findings }).to_string())?;
         } else {
             write(&listing.text())?;
             for finding in &wrong {
@@ -440,7 +460,7 @@ impl Desk<'_> {
     }
 
     fn done(&self, what: &'static str) -> Result<bool, Failure> {
-        write(&if self.json { serde_json::json!({ "done": what }).to_string() } else { what.to_owned() })?;
+        write(&if self.json { json!({ "done": what }).to_string() } else { what.to_owned() })?;
         Ok(true)
     }
 }
@@ -459,6 +479,29 @@ impl UsageArgs {
             limit: self.limit,
         }
     }
+}
+
+/// Writes a file of prices, whole or not at all. Needs no configuration: a model may have no price but the one in it.
+pub fn import_prices(list: &Path, models: &[String], to: &Path, json: bool) -> Result<(), Failure> {
+    let mut text = String::new();
+    let mut from: Box<dyn Read> = match list.as_os_str() == "-" {
+        true => Box::new(io::stdin()),
+        false => Box::new(File::open(list).map_err(|error| format!("{}: {error}", list.display()))?),
+    };
+    from.by_ref().take(import::LIST_BYTES_MAX as u64 + 1).read_to_string(&mut text)?;
+    let imported = import::litellm(&text, models).map_err(|what| format!("{}: {what}", list.display()))?;
+    let unfinished = to.with_extension("toml.new");
+    let written = std::fs::write(&unfinished, &imported.text).and_then(|()| std::fs::rename(&unfinished, to));
+    written.map_err(|error| format!("{}: {error}", to.display()))?;
+    let (path, count) = (to.display().to_string(), imported.models);
+    write(&match json {
+        true => json!({ "file": path, "models": count, "skipped": imported.skipped }).to_string(),
+        false => format!(
+            "{path}: prices of {count} models; {} entries of the list have none by tokens or by call",
+            imported.skipped.len()
+        ),
+    })?;
+    Ok(())
 }
 
 /// A reader that has gone (`| head`) is an error like any other, and no panic.

@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use super::listing::{Listing, moment};
-use crate::config::Config;
 use crate::config::decimal::Nano;
+use crate::config::{Config, Price, Rates};
 use crate::store::{Audit, GroupRow, KeyRow, LineCheck, LineFilter, Store, StoreError, UserRow, hex};
 
 fn amount(nano: i64) -> Value {
@@ -109,20 +109,53 @@ pub fn models(config: &Config) -> Listing {
                 None => endpoint.name.clone(),
             })
             .collect();
-        let price = model.price;
+        let Price { per_call_nano, rates, tiers } = &model.price;
+        let tiers = tiers.iter().map(|tier| format!("above {}: {}", tier.above, rates_text(&tier.rates)));
         vec![
             model.name.clone().into(),
-            amount(price.input_nano),
-            amount(price.cached_input_nano),
-            amount(price.output_nano),
-            amount(price.per_call_nano),
+            amount(rates.input_nano),
+            amount(rates.cached_input_nano),
+            amount(rates.output_nano),
+            amount(*per_call_nano),
+            kinds(rates).map(|(name, nano)| format!("{name} {}", Nano(nano))).collect::<Vec<_>>().into(),
+            tiers.collect::<Vec<_>>().into(),
             model.context.into(),
             model.max_output.into(),
             endpoints.into(),
         ]
     });
-    let columns = &["model", "input", "cached_input", "output", "per_call", "context", "max_output", "endpoints"];
-    Listing::list(columns, rows.filter(|row| row[7] != Value::Array(vec![])).collect())
+    let columns = &[
+        "model",
+        "input",
+        "cached_input",
+        "output",
+        "per_call",
+        "kinds",
+        "tiers",
+        "context",
+        "max_output",
+        "endpoints",
+    ];
+    let served = |row: &Vec<Value>| row.last() != Some(&Value::Array(vec![]));
+    Listing::list(columns, rows.filter(served).collect())
+}
+
+/// Kinds of tokens whose rate is not that of the whole that they are a part of.
+fn kinds(rates: &Rates) -> impl Iterator<Item = (&'static str, i64)> {
+    let own = [
+        ("audio_input", rates.audio_input_nano, rates.input_nano),
+        ("image_input", rates.image_input_nano, rates.input_nano),
+        ("reasoning", rates.reasoning_nano, rates.output_nano),
+        ("audio_output", rates.audio_output_nano, rates.output_nano),
+        ("image_output", rates.image_output_nano, rates.output_nano),
+    ];
+    own.into_iter().filter(|(_, own, whole)| own != whole).map(|(name, own, _)| (name, own))
+}
+
+fn rates_text(rates: &Rates) -> String {
+    let usual = [("input", rates.input_nano), ("cached_input", rates.cached_input_nano), ("output", rates.output_nano)];
+    let all = usual.into_iter().chain(kinds(rates)).map(|(name, nano)| format!("{name} {}", Nano(nano)));
+    all.collect::<Vec<_>>().join(", ")
 }
 
 /// Lines, newest first.

@@ -10,7 +10,7 @@ use toml::Value;
 use super::decimal::{NANO, parse_nano};
 use super::layers::{Places, Typed};
 use super::problem::{Errors, Place, Problem, below, item};
-use super::raw::{RawEndpoint, RawLedger, RawModel, RawServer, RawTitleCatch};
+use super::raw::{RawEndpoint, RawLedger, RawModel, RawServer, RawTier, RawTitleCatch};
 use super::url::{is_blank, parse_base_url, parse_database_url};
 use super::*;
 
@@ -229,11 +229,12 @@ impl Check {
     fn currency_of_built_in_prices(&mut self, config: &Config) {
         let is_built_in = |name: &&String| {
             let key = below("models", name);
-            ["input", "output", "per_call"].iter().all(|price| self.places.of(&below(&key, price)) == Place::BuiltIn)
+            let is_ours = |place| matches!(place, Place::BuiltIn | Place::Prices(_));
+            ["input", "output", "per_call"].iter().all(|price| is_ours(self.places.of(&below(&key, price))))
         };
         let names: Vec<&str> = config.models.keys().filter(is_built_in).map(String::as_str).collect();
         if config.currency != BUILT_IN_CURRENCY && !names.is_empty() {
-            let what = format!("is {}, but the built-in prices are in {BUILT_IN_CURRENCY}: ", config.currency);
+            let what = format!("is {}, but built-in and imported prices are in {BUILT_IN_CURRENCY}: ", config.currency);
             self.warn("currency", &(what + &names.join(", ")));
         }
     }
@@ -377,11 +378,11 @@ impl Check {
         let mut models = BTreeMap::new();
         for (name, raw) in raw {
             let key = below("models", &name);
-            let is_built_in = self.places.of(&key) == Place::BuiltIn;
-            match (served.contains(&name), is_built_in) {
-                // The prices that come with the program are there to be used, not to be explained away.
-                (false, true) => continue,
-                (false, false) => self.warn(&key, "has a price, but no endpoint serves it"),
+            let is_typed = !matches!(self.places.of(&key), Place::BuiltIn | Place::Prices(_));
+            match (served.contains(&name), is_typed) {
+                // Prices that come with the program, or from a list, are there to be used, not to be explained away.
+                (false, false) => continue,
+                (false, true) => self.warn(&key, "has a price, but no endpoint serves it"),
                 (true, _) => {}
             }
             models.insert(name.clone(), self.model(&key, name, raw));
@@ -402,28 +403,67 @@ impl Check {
                 format!("expected at most the context, {context}, found {max_output}"),
             );
         }
-        let price = [raw.input, raw.cached_input, raw.output, raw.per_call];
-        Model { price: self.price(key, price), name, context, max_output, bills_unseen }
+        Model { price: self.price(key, raw), name, context, max_output, bills_unseen }
     }
 
-    fn price(&mut self, key: &str, typed: [Option<Value>; 4]) -> Price {
-        let given = typed.each_ref().map(Option::is_some);
-        let [input, cached_input, output, per_call] = typed;
-        let input = self.amount(&below(key, "input"), input).unwrap_or(0);
-        let cached_input = self.amount(&below(key, "cached_input"), cached_input).unwrap_or(input);
-        let output = self.amount(&below(key, "output"), output).unwrap_or(0);
-        let per_call = self.amount(&below(key, "per_call"), per_call).unwrap_or(0);
-        match given {
-            [true, _, true, false] | [false, false, false, true] => {}
-            [_, _, _, true] => {
-                self.refuse(&below(key, "per_call"), "expected no price for tokens beside it".to_owned());
+    fn price(&mut self, key: &str, mut raw: RawModel) -> Price {
+        let typed = raw.take_rates();
+        let has_rates = !raw.tiers.is_empty() || typed.iter().any(|(_, rate)| rate.is_some());
+        if let Some(per_call) = raw.per_call {
+            let per_call_key = below(key, "per_call");
+            if has_rates {
+                self.refuse(&per_call_key, "expected no price for tokens beside it".to_owned());
             }
-            _ => self.refuse(key, "expected a price: input and output, or per_call alone".to_owned()),
+            let per_call_nano = self.amount(&per_call_key, Some(per_call)).unwrap_or(0);
+            return Price { per_call_nano, ..Price::default() };
         }
-        if cached_input > input {
+        let rates = self.rates(key, typed, "a price: input and output, or per_call alone");
+        Price { per_call_nano: 0, rates, tiers: self.tiers(&below(key, "tiers"), raw.tiers) }
+    }
+
+    /// A kind without a rate of its own costs as the whole that it is a part of.
+    fn rates(&mut self, key: &str, typed: [(&str, Option<Value>); 8], expected: &str) -> Rates {
+        let [input, _, _, _, output, ..] = &typed;
+        if input.1.is_none() || output.1.is_none() {
+            self.refuse(key, format!("expected {expected}"));
+        }
+        let typed = typed.map(|(name, rate)| self.amount(&below(key, name), rate));
+        let [input, cached_input, audio_input, image_input, output, reasoning, audio_output, image_output] = typed;
+        let (input_nano, output_nano) = (input.unwrap_or(0), output.unwrap_or(0));
+        let rates = Rates {
+            input_nano,
+            cached_input_nano: cached_input.unwrap_or(input_nano),
+            audio_input_nano: audio_input.unwrap_or(input_nano),
+            image_input_nano: image_input.unwrap_or(input_nano),
+            output_nano,
+            reasoning_nano: reasoning.unwrap_or(output_nano),
+            audio_output_nano: audio_output.unwrap_or(output_nano),
+            image_output_nano: image_output.unwrap_or(output_nano),
+        };
+        if rates.cached_input_nano > rates.input_nano {
             self.warn(&below(key, "cached_input"), "is dearer than input");
         }
-        Price { input_nano: input, cached_input_nano: cached_input, output_nano: output, per_call_nano: per_call }
+        rates
+    }
+
+    fn tiers(&mut self, key: &str, typed: Vec<RawTier>) -> Vec<Tier> {
+        if typed.len() > TIERS_MAX {
+            self.refuse(key, format!("expected at most {TIERS_MAX}, found {}", typed.len()));
+        }
+        let mut tiers: Vec<Tier> = Vec::new();
+        for (index, mut raw) in typed.into_iter().take(TIERS_MAX).enumerate() {
+            let key = item(key, index);
+            if raw.above.is_none() {
+                self.refuse(&key, "expected above, the tokens of the prompt beyond which it holds".to_owned());
+            }
+            let above = self.number(&below(&key, "above"), raw.above, 1, 1..=TOKENS_MAX);
+            if tiers.last().is_some_and(|last| last.above >= above) {
+                self.refuse(&below(&key, "above"), "expected more than in the tier before it".to_owned());
+            }
+            let rates = self.rates(&key, raw.take_rates(), "input and output");
+            tiers.push(Tier { above, rates });
+        }
+        tiers
     }
 }
 
@@ -513,7 +553,7 @@ impl Check {
     }
 
     fn name(&mut self, key: &str, name: &str) {
-        if name.is_empty() || name.len() > NAME_BYTES_MAX || name.contains(is_blank) {
+        if !is_name(name) {
             let what = format!("expected a name of 1 to {NAME_BYTES_MAX} bytes without blanks, found {name:?}");
             self.refuse(key, what);
         }
@@ -524,6 +564,11 @@ impl Check {
             self.refuse(key, format!("expected at most {ITEMS_MAX}, found {count}"));
         }
     }
+}
+
+/// Of a model or an endpoint.
+pub fn is_name(name: &str) -> bool {
+    (1..=NAME_BYTES_MAX).contains(&name.len()) && !name.contains(is_blank)
 }
 
 fn folder_of(database: &DatabaseUrl) -> PathBuf {

@@ -10,7 +10,7 @@ use toml::{Spanned, Table, Value};
 
 use super::problem::{Errors, Place, Problem, below, item};
 use super::raw::Raw;
-use super::{HTTP_DEFAULT, HTTPS_DEFAULT, RETRY_TRIES_MAX};
+use super::{Files, HTTP_DEFAULT, HTTPS_DEFAULT, RETRY_TRIES_MAX};
 
 /// The endpoints, models and patterns that are there without a file.
 const BUILT_IN: &str = include_str!("default.toml");
@@ -25,8 +25,9 @@ const LEVELS_MAX: usize = 8;
 /// What every variable of ours starts with.
 const PREFIX: &str = "GPT_CAT_";
 
-/// Variables of ours that are no settings: secrets, and the place of the file. Others read them.
-const RESERVED: [&str; 4] = ["GPT_CAT_ADMIN_TOKEN", "GPT_CAT_CONFIG", "GPT_CAT_FIRST_KEY", "GPT_CAT_MASTER_KEY"];
+/// Variables of ours that are no settings: secrets, and the places of files. Others read them.
+const RESERVED: [&str; 5] =
+    ["GPT_CAT_ADMIN_TOKEN", "GPT_CAT_CONFIG", "GPT_CAT_FIRST_KEY", "GPT_CAT_MASTER_KEY", "GPT_CAT_PRICES"];
 
 /// What was typed, all layers in one, and where each key was set.
 pub struct Typed {
@@ -56,16 +57,19 @@ impl Places {
     }
 }
 
-/// Reads all layers, later over earlier: built in, file, variables' old names, `GPT_CAT_` names.
+/// Reads all layers, later over earlier: built in, imported prices, file, variables' old names, `GPT_CAT_` names.
 ///
 /// Each layer is held against [`Raw`] alone, so that an error has its place; an empty variable counts as not set.
-pub fn read(text: Option<&str>, env: impl IntoIterator<Item = (String, String)>) -> Result<Typed, Errors> {
+pub fn read(files: Files<'_>, env: impl IntoIterator<Item = (String, String)>) -> Result<Typed, Errors> {
     let mut env: Vec<_> = env.into_iter().filter(|(_, value)| !value.is_empty()).collect();
     // Sorted, so that the outcome does not depend on the process's order, and GPT_CAT_MODELS comes before its parts.
     env.sort();
 
     let mut layers = Layers::built_in();
-    if let Some(text) = text {
+    if let Some(text) = files.prices {
+        layers.lay_prices(text);
+    }
+    if let Some(text) = files.config {
         layers.lay_file(text);
     }
     layers.lay_old_names(&env);
@@ -95,8 +99,24 @@ impl Layers {
         Ok(Typed { raw, places: self.places })
     }
 
+    /// What `gpt-cat prices import` wrote: models, and nothing else.
+    fn lay_prices(&mut self, text: &str) {
+        match read_file(text, &mut self.places, Place::Prices) {
+            Ok(file) => {
+                if let Some(other) = file.keys().find(|key| *key != "models") {
+                    let what = "expected nothing but models in a file of prices".to_owned();
+                    self.problems.push(Problem { place: self.places.of(other), key: other.clone(), what });
+                    return;
+                }
+                forget_prices(&mut self.table, &file);
+                merge(&mut self.table, file);
+            }
+            Err(problems) => self.problems.extend(problems),
+        }
+    }
+
     fn lay_file(&mut self, text: &str) {
-        match read_file(text, &mut self.places) {
+        match read_file(text, &mut self.places, Place::Line) {
             Ok(file) => {
                 // An operator who names endpoints wants those and no others; the built-in prices stay known.
                 if file.get("endpoints").and_then(Value::as_table).is_some_and(|endpoints| !endpoints.is_empty()) {
@@ -179,10 +199,10 @@ impl Layers {
 }
 
 /// Parses the file and holds it against [`Raw`], a top-level key at a time, so that one mistake does not hide another.
-fn read_file(text: &str, places: &mut Places) -> Result<Table, Vec<Problem>> {
+fn read_file(text: &str, places: &mut Places, place: fn(usize) -> Place) -> Result<Table, Vec<Problem>> {
     let at = |position: usize, key: &str, what: String| {
         let line = 1 + text.bytes().take(position).filter(|byte| *byte == b'\n').count();
-        Problem { place: Place::Line(line), key: key.to_owned(), what }
+        Problem { place: place(line), key: key.to_owned(), what }
     };
     if text.len() > FILE_BYTES_MAX {
         let what = format!("expected at most {FILE_BYTES_MAX} bytes, found {}", text.len());
@@ -219,7 +239,7 @@ fn read_file(text: &str, places: &mut Places) -> Result<Table, Vec<Problem>> {
     for found in found {
         line += text.as_bytes()[counted..found.key.start].iter().filter(|byte| **byte == b'\n').count();
         counted = found.key.start;
-        places.0.insert(found.path, Place::Line(line));
+        places.0.insert(found.path, place(line));
     }
     text.parse().map_err(no_toml)
 }
@@ -302,7 +322,18 @@ fn merge(base: &mut Table, layer: Table) {
 /// A model whose entry in `layer` says anything about its price loses the price that it has in `base`: half of an old
 /// price beside half of a new one is nobody's price.
 fn forget_prices(base: &mut Table, layer: &Table) {
-    const PRICES: [&str; 4] = ["input", "cached_input", "output", "per_call"];
+    const PRICES: [&str; 10] = [
+        "input",
+        "cached_input",
+        "audio_input",
+        "image_input",
+        "output",
+        "reasoning",
+        "audio_output",
+        "image_output",
+        "per_call",
+        "tiers",
+    ];
     let Some(models) = layer.get("models").and_then(Value::as_table) else { return };
     let Some(base) = base.get_mut("models").and_then(Value::as_table_mut) else { return };
     for (name, model) in models {

@@ -1,13 +1,15 @@
 //! File and environment become checked values: what was typed (`Raw`) turns into what it means (`Config`).
 //!
-//! Later layers win: built-in defaults, the file, the old names of variables (`HTTP_PORT`, …), `GPT_CAT_` names. A
+//! Later layers win: built-in defaults, imported prices, the file, the old names of variables (`HTTP_PORT`, …), `GPT_CAT_` names. A
 //! setting's variable is `GPT_CAT_` and its path in upper case, two underscores between levels: `server.http` is
 //! `GPT_CAT_SERVER__HTTP`, `endpoints.openai.base_url` is `GPT_CAT_ENDPOINTS__OPENAI__BASE_URL`. Its value is a string
 //! where the setting takes one and TOML otherwise (`8`, `true`, `["a", "b"]`, `{ a = "b" }`).
 
 mod check;
 pub mod decimal;
+pub mod import;
 mod layers;
+mod price;
 mod problem;
 mod raw;
 #[cfg(test)]
@@ -20,6 +22,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+pub use price::{Price, Rates, TIERS_MAX, Tier};
 pub use problem::{Errors, Place, Problem};
 
 /// Where plain HTTP is served unless told otherwise.
@@ -62,16 +65,31 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads a file's text, if there is one, and the environment over it.
+    /// Reads the files' texts, as far as there are any, and the environment over them.
     ///
     /// `dialects` are those that an endpoint may speak. Nothing outside the arguments is looked at; variables that are
     /// not ours are skipped, and so are ours that hold nothing. The errors are all that could be found in one pass.
-    pub fn load(
-        text: Option<&str>,
+    pub fn load<'a>(
+        files: impl Into<Files<'a>>,
         env: impl IntoIterator<Item = (String, String)>,
         dialects: &[&str],
     ) -> Result<Config, Errors> {
-        check::config(layers::read(text, env)?, dialects)
+        check::config(layers::read(files.into(), env)?, dialects)
+    }
+}
+
+/// The texts that a configuration is read from.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Files<'a> {
+    /// `gpt-cat.toml`.
+    pub config: Option<&'a str>,
+    /// What `gpt-cat prices import` wrote: prices of models, over the built-in ones.
+    pub prices: Option<&'a str>,
+}
+
+impl<'a> From<Option<&'a str>> for Files<'a> {
+    fn from(config: Option<&'a str>) -> Files<'a> {
+        Files { config, prices: None }
     }
 }
 
@@ -307,19 +325,6 @@ pub struct Model {
     pub max_output: u64,
     /// Whether the upstream bills output that is not seen (hidden reasoning).
     pub bills_unseen: bool,
-}
-
-/// What a model costs: by tokens or by call, the other kind is 0. All at least 0.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Price {
-    /// Nano-units per million tokens.
-    pub input_nano: i64,
-    /// Nano-units per million tokens; as `input_nano` where none is given.
-    pub cached_input_nano: i64,
-    /// Nano-units per million tokens.
-    pub output_nano: i64,
-    /// Nano-units per call.
-    pub per_call_nano: i64,
 }
 
 /// An address, or all that share its first bits: `10.0.0.1`, `10.0.0.0/8`, `fd00::/8`.

@@ -7,6 +7,8 @@ use std::fmt;
 pub enum Place {
     /// The program's own defaults.
     BuiltIn,
+    /// A line of the file of imported prices, from 1.
+    Prices(usize),
     /// A line of the file, from 1.
     Line(usize),
     /// An environment variable.
@@ -27,6 +29,7 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.place {
             Place::BuiltIn => {}
+            Place::Prices(line) => write!(f, "imported prices, line {line}: ")?,
             Place::Line(line) => write!(f, "line {line}: ")?,
             Place::Variable(name) => write!(f, "variable {name}: ")?,
         }
@@ -42,7 +45,7 @@ impl fmt::Display for Problem {
 pub struct Errors(pub(super) Vec<Problem>);
 
 impl Errors {
-    /// The problems: those of the file first, in its order, then those of the environment, then the rest.
+    /// The problems: those of the files first, in its order, then those of the environment, then the rest.
     pub fn problems(&self) -> &[Problem] {
         &self.0
     }
@@ -62,9 +65,10 @@ impl std::error::Error for Errors {}
 impl From<Vec<Problem>> for Errors {
     fn from(mut problems: Vec<Problem>) -> Errors {
         problems.sort_by_key(|problem| match problem.place {
-            Place::Line(line) => (0, line),
-            Place::Variable(_) => (1, 0),
-            Place::BuiltIn => (2, 0),
+            Place::Prices(line) => (0, line),
+            Place::Line(line) => (1, line),
+            Place::Variable(_) => (2, 0),
+            Place::BuiltIn => (3, 0),
         });
         Errors(problems)
     }

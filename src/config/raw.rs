@@ -134,15 +134,56 @@ pub struct RawEndpoint {
     pub on_disconnect: Option<String>,
 }
 
-/// Prices are any value here, because an error about a float should say how to write it instead.
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table")]
-pub struct RawModel {
-    pub input: Option<toml::Value>,
-    pub cached_input: Option<toml::Value>,
-    pub output: Option<toml::Value>,
-    pub per_call: Option<toml::Value>,
-    pub context: Option<i64>,
-    pub max_output: Option<i64>,
-    pub bills_unseen: Option<bool>,
+/// Gives a struct the rates of tokens, by kind. (`serde(flatten)` would let unknown keys pass.)
+///
+/// They are any value here, because an error about a float should say how to write it instead.
+macro_rules! with_rates {
+    ($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty,)* }) => {
+        $(#[$doc])*
+        #[derive(Default, Deserialize)]
+        #[serde(default, deny_unknown_fields, expecting = "a table")]
+        pub struct $name {
+            pub input: Option<toml::Value>,
+            pub cached_input: Option<toml::Value>,
+            pub audio_input: Option<toml::Value>,
+            pub image_input: Option<toml::Value>,
+            pub output: Option<toml::Value>,
+            pub reasoning: Option<toml::Value>,
+            pub audio_output: Option<toml::Value>,
+            pub image_output: Option<toml::Value>,
+            $(pub $field: $type,)*
+        }
+
+        impl $name {
+            /// Takes the rates out.
+            pub fn take_rates(&mut self) -> [(&'static str, Option<toml::Value>); 8] {
+                [
+                    ("input", self.input.take()),
+                    ("cached_input", self.cached_input.take()),
+                    ("audio_input", self.audio_input.take()),
+                    ("image_input", self.image_input.take()),
+                    ("output", self.output.take()),
+                    ("reasoning", self.reasoning.take()),
+                    ("audio_output", self.audio_output.take()),
+                    ("image_output", self.image_output.take()),
+                ]
+            }
+        }
+    };
+}
+
+with_rates! {
+    RawModel {
+        per_call: Option<toml::Value>,
+        tiers: Vec<RawTier>,
+        context: Option<i64>,
+        max_output: Option<i64>,
+        bills_unseen: Option<bool>,
+    }
+}
+
+with_rates! {
+    RawTier {
+        above: Option<i64>,
+    }
 }

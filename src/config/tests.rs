@@ -43,7 +43,7 @@ fn without_a_file_the_demo_answers_on_port_7117() {
         ("demo", "", &["demo".to_owned()][..])
     );
     let model = &config.models["demo"];
-    assert_eq!((model.price.input_nano, model.price.output_nano), (100_000_000, 400_000_000));
+    assert_eq!((model.price.rates.input_nano, model.price.rates.output_nano), (100_000_000, 400_000_000));
     assert_eq!((model.context, model.max_output), (8192, 2048));
     assert_eq!(config.warnings, Vec::<String>::new());
 }
@@ -66,13 +66,9 @@ fn the_built_in_prices_are_those_of_the_providers_list() {
     ];
     for (name, input, cached, output, context, max_output) in prices {
         let model = &config.models[name];
-        let price = Price {
-            input_nano: nano(input),
-            cached_input_nano: nano(cached),
-            output_nano: nano(output),
-            per_call_nano: 0,
-        };
-        assert_eq!((model.price, model.context, model.max_output), (price, context, max_output), "{name}");
+        let rates = Rates { cached_input_nano: nano(cached), ..Rates::plain(nano(input), nano(output)) };
+        let price = Price { rates, ..Price::default() };
+        assert_eq!((model.price.clone(), model.context, model.max_output), (price, context, max_output), "{name}");
         assert!(config.endpoints["openai"].models.contains(&name.to_owned()), "{name}");
     }
     assert_eq!(config.endpoints["openai"].base_url, "https://api.openai.com/v1");
@@ -472,9 +468,9 @@ fn variables_make_a_new_endpoint_and_its_model() {
 #[test]
 fn a_models_name_in_a_variable_has_underscores_for_what_no_variable_can_hold() {
     let config = from_env(&[("GPT_CAT_MODELS__GPT_4_1_MINI__OUTPUT", "1.70")]);
-    let price = config.models["gpt-4.1-mini"].price;
+    let price = &config.models["gpt-4.1-mini"].price;
     assert_eq!(
-        (price.input_nano, price.cached_input_nano, price.output_nano),
+        (price.rates.input_nano, price.rates.cached_input_nano, price.rates.output_nano),
         (400_000_000, 100_000_000, 1_700_000_000)
     );
 }
@@ -501,7 +497,7 @@ fn a_file_with_endpoints_has_no_others_and_keeps_the_built_in_prices() {
     assert_eq!(config.endpoints.keys().collect::<Vec<_>>(), ["mine"]);
     assert_eq!(config.endpoints["mine"].models, ["gpt-4o"]);
     assert_eq!(config.models.keys().collect::<Vec<_>>(), ["gpt-4o"]);
-    assert_eq!(config.models["gpt-4o"].price.input_nano, 2_500_000_000);
+    assert_eq!(config.models["gpt-4o"].price.rates.input_nano, 2_500_000_000);
     assert_eq!(config.warnings, Vec::<String>::new());
 }
 
@@ -509,13 +505,13 @@ fn a_file_with_endpoints_has_no_others_and_keeps_the_built_in_prices() {
 fn a_files_price_replaces_the_whole_built_in_price_and_nothing_else() {
     let config = from_text("[models.gpt-4o]\ninput = \"1\"\noutput = \"2\"");
     let model = &config.models["gpt-4o"];
-    assert_eq!(model.price.cached_input_nano, 1_000_000_000, "the built-in 1.25 is not half of this price");
+    assert_eq!(model.price.rates.cached_input_nano, 1_000_000_000, "the built-in 1.25 is not half of this price");
     assert_eq!((model.context, model.max_output), (128_000, 16_384));
     let config = from_text("[models.gpt-4o]\nper_call = \"0.04\"");
     assert_eq!(config.models["gpt-4o"].price, Price { per_call_nano: 40_000_000, ..Price::default() });
     let config = from_text("[models.\"gpt-4.1\"]\nmax_output = 1000");
     let model = &config.models["gpt-4.1"];
-    assert_eq!((model.max_output, model.price.output_nano), (1000, 8_000_000_000));
+    assert_eq!((model.max_output, model.price.rates.output_nano), (1000, 8_000_000_000));
 }
 
 #[test]
@@ -553,7 +549,7 @@ fn an_endpoint_without_models_and_a_dearer_cache_are_warnings() {
 #[test]
 fn built_in_prices_in_another_currency_are_a_warning_that_names_the_models() {
     let file = "currency = \"CNY\"\n[endpoints.x]\ndialect = \"openai\"\nmodels = [\"gpt-4o\", \"o3\"]\n";
-    assert_eq!(from_text(file).warnings, ["currency is CNY, but the built-in prices are in USD: gpt-4o, o3"]);
+    assert_eq!(from_text(file).warnings, ["currency is CNY, but built-in and imported prices are in USD: gpt-4o, o3"]);
     let priced = "[models]\ngpt-4o = { input = \"18\", output = \"72\" }\no3 = { per_call = \"1\" }";
     assert_eq!(from_text(&format!("{file}{priced}")).warnings, Vec::<String>::new());
 }
@@ -737,4 +733,70 @@ proptest! {
             prop_assert!(!errors.to_string().is_empty());
         }
     }
+}
+
+#[test]
+fn a_price_can_have_kinds_and_tiers() {
+    let text = r#"
+        [models."gpt-4o"]
+        input = "1"
+        output = "2"
+        reasoning = "3"
+        audio_input = "4"
+        tiers = [
+            { above = 1000, input = "5", output = "6", cached_input = "4.50" },
+            { above = 2000, input = "7", output = "8", image_output = "9" },
+        ]
+    "#;
+    let nano = |units: i64| units * decimal::NANO;
+    let rates = Rates { reasoning_nano: nano(3), audio_input_nano: nano(4), ..Rates::plain(nano(1), nano(2)) };
+    let second = Rates { cached_input_nano: 4_500_000_000, ..Rates::plain(nano(5), nano(6)) };
+    let third = Rates { image_output_nano: nano(9), ..Rates::plain(nano(7), nano(8)) };
+    let tiers = vec![Tier { above: 1000, rates: second }, Tier { above: 2000, rates: third }];
+    assert_eq!(from_text(text).models["gpt-4o"].price, Price { per_call_nano: 0, rates, tiers });
+}
+
+#[test]
+fn mistakes_in_tiers_are_named() {
+    for (tiers, expected) in [
+        (r#"[{ above = 10, input = "1" }]"#, "line 4: models.gpt-4o.tiers[0]: expected input and output"),
+        (r#"[{ input = "1", output = "1" }]"#, "line 4: models.gpt-4o.tiers[0]: expected above, "),
+        (
+            r#"[{ above = 10, input = "1", output = "1" }, { above = 10, input = "1", output = "1" }]"#,
+            "line 4: models.gpt-4o.tiers[1].above: expected more than in the tier before it",
+        ),
+        (r#"[{ above = 10, input = "1", output = "1", per_call = "1" }]"#, "unknown key `per_call`"),
+        (r#"[{ above = 10, input = 1.5, output = "1" }]"#, "expected a string, which is exact: write \"1.5\""),
+    ] {
+        let message = refusal(&format!("[models.gpt-4o]\ninput = \"1\"\noutput = \"1\"\ntiers = {tiers}"), &[]);
+        assert!(message.contains(expected), "{tiers}: {message}");
+    }
+    let message =
+        refusal("[models.gpt-4o]\nper_call = \"1\"\ntiers = [{ above = 1, input = \"1\", output = \"1\" }]", &[]);
+    assert!(message.contains("models.gpt-4o.per_call: expected no price for tokens beside it"), "{message}");
+}
+
+#[test]
+fn imported_prices_lie_between_the_built_in_ones_and_the_file() {
+    let prices = "[models]\n\"gpt-4o\" = { input = \"9\", output = \"9\" }\n\"o3\" = { input = \"8\", output = \"8\" }\nnew = { input = \"7\", output = \"7\" }";
+    let file = "[models.gpt-4o]\ninput = \"1\"\noutput = \"1\"";
+    let files = Files { config: Some(file), prices: Some(prices) };
+    let config = Config::load(files, [], &DIALECTS).unwrap();
+    let input = |name: &str| config.models[name].price.rates.input_nano;
+    assert_eq!((input("gpt-4o"), input("o3")), (decimal::NANO, 8 * decimal::NANO));
+    assert_eq!(config.models["o3"].context, 200_000, "what the list does not say stays");
+    assert!(config.warnings.is_empty() && !config.models.contains_key("new"), "a list may have models of others");
+}
+
+#[test]
+fn mistakes_in_imported_prices_are_named_as_theirs() {
+    let refused = |prices: &str| {
+        Config::load(Files { config: None, prices: Some(prices) }, [], &DIALECTS).unwrap_err().to_string()
+    };
+    let message = refused("[models]\n\"gpt-4o\" = { input = \"x\", output = \"9\" }");
+    assert!(message.starts_with("imported prices, line 2: models.gpt-4o.input: expected digits"), "{message}");
+    assert_eq!(
+        refused("currency = \"EUR\""),
+        "imported prices, line 1: currency: expected nothing but models in a file of prices"
+    );
 }

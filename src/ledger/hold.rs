@@ -9,10 +9,11 @@ use bytes::Bytes;
 
 use super::boot::Boot;
 use super::habit::Habit;
-use super::journal::{Mark, Open, Place};
+use super::journal::{Mark, Place};
 use super::lease::{CallCount, Purse, Taken, Waiting};
+use super::money::Dearest;
 use super::prompt::PromptText;
-use super::{Ledger, Tokens, cost_nano, output_affordable};
+use super::{Ledger, Tokens, cost_nano};
 use crate::catalog::Model;
 use crate::config::LowBalance;
 use crate::error::Error;
@@ -84,6 +85,7 @@ struct Inner {
     _count: CallCount,
     place: Place,
     line: Line,
+    dearest: Dearest,
     model: Arc<Model>,
     key: Arc<Key>,
     habit: Arc<Habit>,
@@ -158,9 +160,10 @@ impl Ledger {
         }
         .saturating_mul(n);
 
-        let cost =
-            |input, output| cost_nano(&model.price, Tokens { input, cached_input: 0, output }, group.ratio_micro);
         let mut prompt = PromptText::new(&ask, model);
+        let shape = ask.head.prompt;
+        let dearest = |input| Dearest::of(&model.price, input, shape.images > 0, shape.opaque, group.ratio_micro);
+        let cost = |input, output| dearest(input).cost_nano(input, output);
         let (mut covered, mut clamp) = (wanted, None);
         let mut taken = boot.cover(&purse, cost(prompt.bound, wanted)).await?;
         if taken.is_none() {
@@ -173,7 +176,7 @@ impl Ledger {
         }
         if taken.is_none() {
             let input = prompt.to_hold();
-            let each = output_affordable(&model.price, input, purse.room(), group.ratio_micro) / n;
+            let each = dearest(input).output_affordable(input, purse.room()) / n;
             let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen;
             if !clampable || each < OUTPUT_CLAMPED_MIN.min(wanted / n) {
                 return Err(Error::QuotaExceeded);
@@ -205,6 +208,10 @@ impl Ledger {
             usage_cached: None,
             usage_output: None,
             usage_reasoning: None,
+            usage_audio_input: None,
+            usage_image_input: None,
+            usage_audio_output: None,
+            usage_image_output: None,
             counted_input: None,
             counted_output: None,
             billed: Billed::Nothing,
@@ -221,15 +228,15 @@ impl Ledger {
             status: 0,
             tries: 0,
         };
-        let open = Open { line, price: model.price };
         let full = |_| Error::NodeUnavailable { reason: "its journal is full", retry_after_s: 5 };
-        let place = boot.journal.open(&open).map_err(full)?;
+        let place = boot.journal.open(&line).map_err(full)?;
         entered.keep();
         let inner = Inner {
             purse,
             _count: count,
             place,
-            line: open.line,
+            line,
+            dearest: dearest(prompt.to_hold()),
             model: model.clone(),
             key: ask.key.clone(),
             habit,
@@ -413,10 +420,7 @@ impl Inner {
     }
 
     fn slices_nano(&self, slices: u64) -> i64 {
-        let tokens = Tokens { output: slices.saturating_mul(SLICE_TOKENS), ..Tokens::default() };
-        // What a call costs whatever it says has been held with the call.
-        let price = crate::store::PriceRow { per_call_nano: 0, ..self.model.price };
-        cost_nano(&price, tokens, self.line.ratio_micro)
+        self.dearest.output_nano(slices.saturating_mul(SLICE_TOKENS))
     }
 
     fn settle(mut self: Box<Self>, boot: &Boot, ended: Ended) {
@@ -426,7 +430,8 @@ impl Inner {
         line.status = ended.status;
         line.end_reason = ended.reason;
         line.duration_ms = elapsed_ms(*begun);
-        let tokens = Tokens { input: line.input, cached_input: line.cached_input, output: line.output };
+        let tokens = Tokens::of_line(line);
+        line.tier = model.price.rates_for(tokens.input).0 as u32;
         let cost = match line.billed {
             Billed::Nothing => 0,
             _ => cost_nano(&model.price, tokens, line.ratio_micro),
@@ -436,11 +441,10 @@ impl Inner {
         line.absorbed_nano = cost - line.charged_nano;
         let believed =
             upstream_bills.filter(|usage| usage.input <= prompt.usage_bound() && usage.output <= *output_max);
-        if let Some(Usage { input, cached_input, output, reasoning }) = believed {
-            let billed = cost_nano(&model.price, Tokens { input, cached_input, output }, line.ratio_micro);
+        if let Some(usage) = believed {
+            let billed = cost_nano(&model.price, usage.into(), line.ratio_micro);
             line.absorbed_nano = line.absorbed_nano.max(billed - line.charged_nano);
-            (line.usage_input, line.usage_cached) = (Some(input), Some(cached_input));
-            (line.usage_output, line.usage_reasoning) = (Some(output), Some(reasoning));
+            note_usage(line, usage);
         }
         if line.billed == Billed::Nothing && *called && ended.may_be_billed {
             // A call that was cancelled, or waited for in vain; the hold is the most that it can come to.
@@ -464,10 +468,7 @@ impl Inner {
         line.flagged = ended.usage_invalid;
         line.counted_output = Some(ended.output);
         if let Some(usage) = ended.usage {
-            line.usage_input = Some(usage.input);
-            line.usage_cached = Some(usage.cached_input);
-            line.usage_output = Some(usage.output);
-            line.usage_reasoning = Some(usage.reasoning);
+            note_usage(line, usage);
             if usage.reasoning > 0 && usage.output > ended.output.saturating_add(SANE_SLACK_TOKENS) {
                 self.habit.bills_unseen.store(true, Ordering::Relaxed);
             }
@@ -493,6 +494,13 @@ impl Inner {
             line.counted_input = Some(counted.tokens);
         }
     }
+}
+
+fn note_usage(line: &mut Line, usage: Usage) {
+    (line.usage_input, line.usage_cached) = (Some(usage.input), Some(usage.cached_input));
+    (line.usage_output, line.usage_reasoning) = (Some(usage.output), Some(usage.reasoning));
+    (line.usage_audio_input, line.usage_image_input) = (Some(usage.audio_input), Some(usage.image_input));
+    (line.usage_audio_output, line.usage_image_output) = (Some(usage.audio_output), Some(usage.image_output));
 }
 
 /// Design.md §4 (7): prompt within its bound, output within half and double of the count, unseen reasoning excepted.

@@ -23,10 +23,10 @@ use rustix::time::{ClockId, clock_gettime};
 
 use boot::{Boot, SHIP_LINES};
 pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS, Slices};
-pub use money::{RATIO_ONE, Tokens, cost_nano, output_affordable};
+pub use money::{RATIO_ONE, Tokens, cost_nano};
 
-use crate::config::{self, LowBalance};
-use crate::store::{BootId, Line, LineCheck, PriceRow, Store, StoreError};
+use crate::config::{self, LowBalance, Price};
+use crate::store::{BootId, Line, LineCheck, Store, StoreError};
 
 /// A node that was fenced off tries this often to begin again.
 const BEGIN_AGAIN: Duration = Duration::from_secs(1);
@@ -231,12 +231,13 @@ impl Ledger {
 
 /// Stores what a dead boot's journal says, gives its leases back and forgets it.
 async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartError> {
+    let prices = store.prices().await?;
     let left = dead.read(|open, mark| {
-        let (price, ratio) = (open.price, open.line.ratio_micro);
-        let charged = mark.map_or(0, |mark| {
-            cost_nano(&price, Tokens { input: mark.input, cached_input: 0, output: mark.output }, ratio)
-        });
-        Line::crashed(open, mark, charged)
+        // A line whose price is lost is charged nothing; the database refuses it, too.
+        let Some(price) = prices.get(&open.price_version) else { return Line::crashed(open, mark, |_| 0) };
+        let mut line = Line::crashed(open, mark, |line| cost_nano(price, Tokens::of_line(line), line.ratio_micro));
+        line.tier = price.rates_for(line.input).0 as u32;
+        line
     })?;
     for (file, offset) in &left.corrupt {
         tracing::error!(file = %file.display(), offset, "journal: a record does not read; what follows it was recovered");
@@ -266,16 +267,18 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
 /// Recomputes a line from its tokens, price version and ratio; says what does not agree.
 pub static CHECK_LINE: LineCheck = check_line;
 
-fn check_line(line: &Line, price: &PriceRow) -> Option<String> {
+fn check_line(line: &Line, price: &Price) -> Option<String> {
     use crate::store::Billed;
-    let tokens = Tokens { input: line.input, cached_input: line.cached_input, output: line.output };
-    let cost = cost_nano(price, tokens, line.ratio_micro);
-    let wrong = match line.billed {
-        Billed::Nothing => line.charged_nano != 0,
-        Billed::Hold => line.charged_nano > line.hold_nano,
-        Billed::Mark => line.charged_nano > cost,
-        Billed::Usage | Billed::Count => line.charged_nano > cost || line.charged_nano + line.absorbed_nano < cost,
-    };
+    let cost = cost_nano(price, Tokens::of_line(line), line.ratio_micro);
+    let tier = price.rates_for(line.input).0 as u32;
+    let of_tokens = !matches!(line.billed, Billed::Nothing | Billed::Hold);
+    let wrong = of_tokens && line.tier != tier
+        || match line.billed {
+            Billed::Nothing => line.charged_nano != 0,
+            Billed::Hold => line.charged_nano > line.hold_nano,
+            Billed::Mark => line.charged_nano > cost,
+            Billed::Usage | Billed::Count => line.charged_nano > cost || line.charged_nano + line.absorbed_nano < cost,
+        };
     wrong.then(|| {
         format!(
             "line {}: charged {} and absorbed {}, but its tokens cost {cost} (billed by {})",

@@ -154,8 +154,8 @@ impl Node {
     }
 }
 
-fn price() -> PriceRow {
-    PriceRow { input_nano: 0, cached_input_nano: 0, output_nano: TOKEN_NANO * 1_000_000, per_call_nano: 0 }
+fn price() -> Price {
+    Price::plain(0, TOKEN_NANO * 1_000_000)
 }
 
 /// A whole answer of so many tokens.

@@ -54,6 +54,11 @@ pub struct Usage {
     pub output: u64,
     /// The part of the output that is reasoning, seen or not.
     pub reasoning: u64,
+    /// The parts of the prompt, and of the output, that are sound or images.
+    pub audio_input: u64,
+    pub image_input: u64,
+    pub audio_output: u64,
+    pub image_output: u64,
 }
 
 impl Reader {
@@ -271,7 +276,11 @@ fn believable(usage: &Value) -> Option<Usage> {
     let hits = tokens(usage, "prompt_cache_hit_tokens")?;
     let cached_input = detail(usage, "prompt_tokens_details", "cached_tokens")?.or(hits).unwrap_or(0);
     let reasoning = detail(usage, "completion_tokens_details", "reasoning_tokens")?.unwrap_or(0);
-    if cached_input > input {
+    let of_prompt = |name| Some(detail(usage, "prompt_tokens_details", name)?.unwrap_or(0));
+    let (audio_input, image_input) = (of_prompt("audio_tokens")?, of_prompt("image_tokens")?);
+    let of_output = |name| Some(detail(usage, "completion_tokens_details", name)?.unwrap_or(0));
+    let (audio_output, image_output) = (of_output("audio_tokens")?, of_output("image_tokens")?);
+    if cached_input > input || audio_input.saturating_add(image_input) > input {
         return None;
     }
     // xAI leaves reasoning out of completion_tokens, and puts it into the total.
@@ -279,7 +288,11 @@ fn believable(usage: &Value) -> Option<Usage> {
     let apart = reasoning > 0
         && total.is_some()
         && total == input.checked_add(output).and_then(|sum| sum.checked_add(reasoning));
-    Some(Usage { input, cached_input, output: if apart { output + reasoning } else { output }, reasoning })
+    let output = if apart { output + reasoning } else { output };
+    if audio_output.saturating_add(image_output) > output {
+        return None;
+    }
+    Some(Usage { input, cached_input, output, reasoning, audio_input, image_input, audio_output, image_output })
 }
 
 fn detail(usage: &Value, details: &str, name: &str) -> Option<Option<u64>> {
@@ -430,7 +443,7 @@ mod tests {
         );
         let texts = ["Hi", "No", "f", "{}", "g", "some text", "spoken"];
         assert_eq!(total, texts.into_iter().map(tokens_of).sum::<u64>());
-        assert_eq!(chunk.usage, Some(Usage { input: 9, cached_input: 4, output: 7, reasoning: 0 }));
+        assert_eq!(chunk.usage, Some(Usage { input: 9, cached_input: 4, output: 7, ..Usage::default() }));
         assert_eq!(chunk.finished.as_slice(), [0]);
     }
 
@@ -485,15 +498,15 @@ mod tests {
         for (usage, expected) in [
             (
                 r#"{"prompt_tokens":10,"completion_tokens":20,"total_tokens":30,"prompt_tokens_details":{"cached_tokens":5,"audio_tokens":0},"completion_tokens_details":{"reasoning_tokens":8}}"#,
-                Usage { input: 10, cached_input: 5, output: 20, reasoning: 8 },
+                Usage { input: 10, cached_input: 5, output: 20, reasoning: 8, ..Usage::default() },
             ),
             (
                 r#"{"prompt_tokens":12,"completion_tokens":89,"total_tokens":101,"prompt_tokens_details":null,"prompt_cache_hit_tokens":3,"prompt_cache_miss_tokens":9}"#,
-                Usage { input: 12, cached_input: 3, output: 89, reasoning: 0 },
+                Usage { input: 12, cached_input: 3, output: 89, ..Usage::default() },
             ),
             (
                 r#"{"prompt_tokens":10,"completion_tokens":9,"total_tokens":119,"completion_tokens_details":{"reasoning_tokens":100}}"#,
-                Usage { input: 10, cached_input: 0, output: 109, reasoning: 100 },
+                Usage { input: 10, output: 109, reasoning: 100, ..Usage::default() },
             ),
             (r#"{"prompt_tokens":8,"total_tokens":8}"#, Usage { input: 8, ..Usage::default() }),
         ] {

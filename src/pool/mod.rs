@@ -290,16 +290,16 @@ impl Drop for Permit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Price;
     use crate::config::{Config, Secret};
     use crate::meter::Vocabulary;
-    use crate::store::PriceRow;
 
     fn model() -> Arc<Model> {
         let config = Config::load(None, [], &["openai", "demo"]).unwrap();
         let endpoint = Arc::new(config.endpoints["openai"].clone());
         Arc::new(Model {
             name: "m".into(),
-            price: PriceRow { input_nano: 1, cached_input_nano: 1, output_nano: 1, per_call_nano: 0 },
+            price: Price::plain(1, 1),
             price_version: 1,
             context: 1000,
             max_output: 100,

@@ -1,6 +1,7 @@
 //! What `gpt-cat audit` has to add up, read in one transaction so that the sums belong together.
 
-use super::{Line, PriceRow};
+use super::Line;
+use crate::config::Price;
 
 /// Sums of one user, in nano-units.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,4 +39,4 @@ pub struct Audit {
 pub const FINDINGS_MAX: usize = 1000;
 
 /// Recomputes a line from its tokens, price and ratio; says what is wrong with it.
-pub type LineCheck = fn(&Line, &PriceRow) -> Option<String>;
+pub type LineCheck = fn(&Line, &Price) -> Option<String>;

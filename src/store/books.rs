@@ -3,7 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::tx::{Row, Tx, given};
-use super::{BootId, BootState, Elsewhere, LeaseOf, LeaseRow, Line, PriceRow, StoreError, now_ms};
+use super::{BootId, BootState, Elsewhere, LeaseOf, LeaseRow, Line, StoreError, now_ms};
+use crate::config::{Price, Rates};
 
 pub async fn begin_boot<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
     let now = tx.now_ms().await?;
@@ -215,35 +216,68 @@ pub async fn ship<T: Tx>(tx: &T, boot: BootId, from: u64, to: u64, mut lines: Ve
     tx.charge_leases(boot, charges).await
 }
 
-pub async fn price_version<T: Tx>(tx: &T, model: String, price: PriceRow) -> Result<i64, StoreError> {
-    let last = tx
-        .row(
-            "SELECT version, input_nano, cached_input_nano, output_nano, per_call_nano FROM prices
-             WHERE model = $1 ORDER BY version DESC LIMIT 1",
-            given![&model],
-        )
-        .await?;
+pub async fn price_version<T: Tx>(tx: &T, model: String, price: Price) -> Result<i64, StoreError> {
+    let sql = format!("SELECT {PRICE_COLUMNS}, version FROM prices WHERE model = $1 ORDER BY version DESC LIMIT 1");
+    let last = tx.row(&sql, given![&model]).await?;
     if let Some(last) = last
-        && price_row(&last, 1)? == price
+        && price_row(&last, 0)? == price
     {
-        return last.get(0);
+        return last.get(PRICE_FIELDS);
     }
-    let PriceRow { input_nano, cached_input_nano, output_nano, per_call_nano } = price;
+    let Price { per_call_nano, rates, tiers } = price;
+    let tiers = (!tiers.is_empty()).then(|| serde_json::json!(tiers).to_string());
     let inserted = tx
         .row(
-            "INSERT INTO prices (model, input_nano, cached_input_nano, output_nano, per_call_nano, from_ms)
-             VALUES ($1, $2, $3, $4, $5, $6) RETURNING version",
-            given![model, input_nano, cached_input_nano, output_nano, per_call_nano, now_ms()],
+            &format!(
+                "INSERT INTO prices ({PRICE_COLUMNS}, model, from_ms)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) RETURNING version"
+            ),
+            given![
+                per_call_nano,
+                rates.input_nano,
+                rates.cached_input_nano,
+                rates.audio_input_nano,
+                rates.image_input_nano,
+                rates.output_nano,
+                rates.reasoning_nano,
+                rates.audio_output_nano,
+                rates.image_output_nano,
+                tiers,
+                model,
+                now_ms()
+            ],
         )
         .await?;
     inserted.ok_or(StoreError::Moved)?.get(0)
 }
 
-pub fn price_row(row: &Row, first: usize) -> Result<PriceRow, StoreError> {
-    Ok(PriceRow {
-        input_nano: row.get(first)?,
-        cached_input_nano: row.get(first + 1)?,
-        output_nano: row.get(first + 2)?,
-        per_call_nano: row.get(first + 3)?,
+pub async fn prices<T: Tx>(tx: &T) -> Result<HashMap<i64, Price>, StoreError> {
+    let sql = format!("SELECT {PRICE_COLUMNS}, version FROM prices");
+    let read = |row: &Row| Ok((row.get(PRICE_FIELDS)?, price_row(row, 0)?));
+    tx.rows(&sql, &[]).await?.iter().map(read).collect()
+}
+
+/// A price, in the order of [`price_row`].
+pub const PRICE_COLUMNS: &str = "per_call_nano, input_nano, cached_input_nano, audio_input_nano, image_input_nano,
+    output_nano, reasoning_nano, audio_output_nano, image_output_nano, tiers";
+pub const PRICE_FIELDS: usize = 10;
+
+pub fn price_row(row: &Row, first: usize) -> Result<Price, StoreError> {
+    let tiers: Option<String> = row.get(first + 9)?;
+    let tiers =
+        tiers.map(|tiers| serde_json::from_str(&tiers).map_err(|error| StoreError::Database(error.to_string())));
+    Ok(Price {
+        per_call_nano: row.get(first)?,
+        rates: Rates {
+            input_nano: row.get(first + 1)?,
+            cached_input_nano: row.get(first + 2)?,
+            audio_input_nano: row.get(first + 3)?,
+            image_input_nano: row.get(first + 4)?,
+            output_nano: row.get(first + 5)?,
+            reasoning_nano: row.get(first + 6)?,
+            audio_output_nano: row.get(first + 7)?,
+            image_output_nano: row.get(first + 8)?,
+        },
+        tiers: tiers.transpose()?.unwrap_or_default(),
     })
 }

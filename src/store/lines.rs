@@ -1,7 +1,7 @@
 //! Lines of finished calls: how they are stored, read, and added up.
 
 use super::audit::{FINDINGS_MAX, UserSums};
-use super::books::price_row;
+use super::books::{PRICE_COLUMNS, PRICE_FIELDS, price_row};
 use super::tx::{Row, Tx, Value, given};
 use super::{Audit, Billed, BootId, EndReason, Line, LineCheck, LineFilter, StoreError};
 
@@ -43,7 +43,7 @@ pub async fn audit<T: Tx>(tx: &T, check: LineCheck) -> Result<Audit, StoreError>
     let users = tx.rows(sql, &[]).await?.iter().map(sums).collect::<Result<_, StoreError>>()?;
     let mut audit = Audit { users, lines: 0, charged_nano: 0, absorbed_nano: 0, findings: Vec::new() };
     let sql = format!(
-        "SELECT {LINE_COLUMNS}, input_nano, cached_input_nano, output_nano, per_call_nano, boot
+        "SELECT {LINE_COLUMNS}, {PRICE_COLUMNS}, boot
          FROM lines JOIN prices ON prices.version = lines.price_version
          WHERE (boot, sequence) > ($1, $2) ORDER BY boot, sequence LIMIT $3"
     );
@@ -62,7 +62,7 @@ pub async fn audit<T: Tx>(tx: &T, check: LineCheck) -> Result<Audit, StoreError>
             }
         }
         let Some(last) = page.last() else { return Ok(audit) };
-        (sequence, boot) = (last.get(0)?, last.get(LINE_FIELDS + 4)?);
+        (sequence, boot) = (last.get(0)?, last.get(LINE_FIELDS + PRICE_FIELDS)?);
     }
 }
 
@@ -70,22 +70,25 @@ pub async fn audit<T: Tx>(tx: &T, check: LineCheck) -> Result<Audit, StoreError>
 const LINE_COLUMNS: &str = "lines.sequence, request_id, client_request_id, lines.user_id, key_id, ratio_micro, account_id,
     endpoint, model_asked, lines.model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
     usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
-    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries";
-const LINE_FIELDS: usize = 35;
+    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries, usage_audio_input,
+    usage_image_input, usage_audio_output, usage_image_output";
+const LINE_FIELDS: usize = 39;
 
 /// All of them, in the order of [`fields`].
 pub const LINE_COLUMNS_ALL: &str = "boot, sequence, request_id, client_request_id, user_id, key_id, ratio_micro,
     account_id, endpoint, model_asked, model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
     usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
-    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries";
+    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries, usage_audio_input,
+    usage_image_input, usage_audio_output, usage_image_output";
 
 /// Inserts a line unless it is there, for SQLite.
 pub const LINE_INSERT: &str = "INSERT INTO lines (boot, sequence, request_id, client_request_id, user_id, key_id, ratio_micro,
     account_id, endpoint, model_asked, model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
     usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
-    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries)
+    flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries, usage_audio_input,
+    usage_image_input, usage_audio_output, usage_image_output)
     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24,
-    ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36) ON CONFLICT DO NOTHING";
+    ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36, ?37, ?38, ?39, ?40) ON CONFLICT DO NOTHING";
 
 /// A line as the values of its columns.
 pub fn fields(boot: BootId, line: &Line) -> [Value; LINE_FIELDS + 1] {
@@ -126,6 +129,10 @@ pub fn fields(boot: BootId, line: &Line) -> [Value; LINE_FIELDS + 1] {
         line.end_reason.name().into(),
         line.status.into(),
         line.tries.into(),
+        line.usage_audio_input.into(),
+        line.usage_image_input.into(),
+        line.usage_audio_output.into(),
+        line.usage_image_output.into(),
     ]
 }
 
@@ -167,5 +174,9 @@ fn line_row(row: &Row) -> Result<Line, StoreError> {
         end_reason: EndReason::of(&row.get::<String>(32)?).ok_or_else(unknown)?,
         status: row.get(33)?,
         tries: row.get(34)?,
+        usage_audio_input: row.get(35)?,
+        usage_image_input: row.get(36)?,
+        usage_audio_output: row.get(37)?,
+        usage_image_output: row.get(38)?,
     })
 }

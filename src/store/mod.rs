@@ -14,20 +14,21 @@ mod seal;
 mod sqlite;
 mod tx;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::mpsc;
 
-use crate::config::DatabaseUrl;
+use crate::config::{DatabaseUrl, Price};
 use postgres::{Lent, Postgres};
 use sqlite::{Sqlite, at_once};
 
 pub use audit::{Audit, LineCheck, UserSums};
 pub use rows::{
     AccountRow, Billed, BootId, BootState, Change, Elsewhere, EndReason, GroupRow, KeyRow, LeaseOf, LeaseRow, Line,
-    LineFilter, NewAccount, NewGroup, Notice, PriceRow, UserRow,
+    LineFilter, NewAccount, NewGroup, Notice, UserRow,
 };
 pub use seal::{MasterKey, SealError, hex, random, unhex};
 
@@ -175,7 +176,9 @@ transactions! {
     /// What a lease does not have is absorbed.
     write books::ship(boot: BootId, from: u64, to: u64, lines: Vec<Line>) -> ();
     /// The version of a model's price: the last one stored if it is the same, else a new one.
-    write books::price_version(model: String, price: PriceRow) -> i64;
+    write books::price_version(model: String, price: Price) -> i64;
+    /// Every price that was ever in force, by version.
+    read books::prices() -> HashMap<i64, Price>;
 
     /// Lines with the name of their user, newest first.
     read lines::lines(filter: LineFilter) -> Vec<(String, Line)>;

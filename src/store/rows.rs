@@ -134,15 +134,6 @@ pub enum Notice {
     Short { user_id: i64, asking: BootId },
 }
 
-/// A price in force from some moment on; nano-units per million tokens, and per call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PriceRow {
-    pub input_nano: i64,
-    pub cached_input_nano: i64,
-    pub output_nano: i64,
-    pub per_call_nano: i64,
-}
-
 /// One row of `changes`: what a running server has to read again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -253,7 +244,8 @@ pub struct Line {
     pub model: String,
     pub model_upstream: Option<String>,
     pub price_version: i64,
-    pub tier: i64,
+    /// Of the price: 0, or which of its tiers.
+    pub tier: u32,
     pub input: u64,
     pub cached_input: u64,
     pub output: u64,
@@ -261,6 +253,10 @@ pub struct Line {
     pub usage_cached: Option<u64>,
     pub usage_output: Option<u64>,
     pub usage_reasoning: Option<u64>,
+    pub usage_audio_input: Option<u64>,
+    pub usage_image_input: Option<u64>,
+    pub usage_audio_output: Option<u64>,
+    pub usage_image_output: Option<u64>,
     pub counted_input: Option<u64>,
     pub counted_output: Option<u64>,
     pub billed: Billed,

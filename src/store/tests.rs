@@ -119,7 +119,7 @@ async fn a_boot_that_is_closed_gets_no_money_and_has_given_all_of_it_back() {
 #[tokio::test]
 async fn a_price_that_comes_back_gets_a_version_of_its_own_and_the_same_one_keeps_it() {
     for (Fixture { store, _folder }, ..) in with_ann(0).await {
-        let price = |input_nano| PriceRow { input_nano, cached_input_nano: 0, output_nano: 0, per_call_nano: 0 };
+        let price = |input_nano| Price::plain(input_nano, 0);
         let first = store.price_version("m".into(), price(1)).await.unwrap();
         assert_eq!(store.price_version("m".into(), price(1)).await.unwrap(), first);
         let second = store.price_version("m".into(), price(2)).await.unwrap();
@@ -187,6 +187,10 @@ fn line(sequence: u64, user_id: i64, key_id: i64, price_version: i64, charged_na
         usage_cached: None,
         usage_output: Some(2),
         usage_reasoning: None,
+        usage_audio_input: None,
+        usage_image_input: None,
+        usage_audio_output: None,
+        usage_image_output: None,
         counted_input: None,
         counted_output: Some(3),
         billed: Billed::Usage,
@@ -207,7 +211,7 @@ fn line(sequence: u64, user_id: i64, key_id: i64, price_version: i64, charged_na
 
 /// What a line refers to: its key and price.
 async fn referred(store: &Store) -> (i64, i64) {
-    let free = PriceRow { input_nano: 0, cached_input_nano: 0, output_nano: 0, per_call_nano: 0 };
+    let free = Price::default();
     let price_version = store.price_version("m".into(), free).await.unwrap();
     (store.keys(None).await.unwrap()[0].id, price_version)
 }

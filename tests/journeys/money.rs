@@ -506,3 +506,43 @@ async fn a_prompt_that_cannot_be_sized_is_held_at_the_context_and_not_billed_at_
     assert!(line.hold_nano >= 128_000 * INPUT_NANO && line.input < 100 && line.estimated, "{line:?}");
     node.finish().await;
 }
+
+/// `usage` with parts of its own kinds.
+fn usage_of_kinds() -> String {
+    let usage = json!({
+        "prompt_tokens": 1200, "completion_tokens": 10, "total_tokens": 1210,
+        "prompt_tokens_details": { "cached_tokens": 300, "audio_tokens": 200 },
+        "completion_tokens_details": { "reasoning_tokens": 4, "audio_tokens": 3 },
+    });
+    format!("data: {}\n\n", json!({ "id": "c", "object": "chat.completion.chunk", "choices": [], "usage": usage }))
+}
+
+#[tokio::test]
+async fn every_kind_of_token_and_the_tier_of_the_prompt_are_billed_at_their_own_prices() {
+    let below = 700 * 1000 + 300 * 500 + 200 * 5000 + 4 * 3000 + 3 * 7000 + 3 * 2000;
+    let above = 1000 * 10_000 + 200 * 50_000 + 4 * 30_000 + 6 * 20_000;
+    for (bound, tier, charged) in [(1200, 0, below), (1199, 1, above)] {
+        let upstream = Upstream::start(|_, _| {
+            stream(&[text("one two three four five"), finish(), usage_of_kinds(), DONE.into()].concat())
+        })
+        .await;
+        let price = format!(
+            r#"[models.m]
+            audio_input = "5.00"
+            cached_input = "0.50"
+            reasoning = "3.00"
+            audio_output = "7.00"
+            tiers = [{{ above = {bound}, input = "10.00", output = "20.00", audio_input = "50.00", reasoning = "30.00" }}]
+            "#
+        );
+        let node = Setup::at(&upstream).replacing("[models.m]", &price).start().await;
+        let content = "x".repeat(5000);
+        let body = json!({ "model": "m", "stream": true, "messages": [{ "role": "user", "content": content }] });
+        node.chat(&body.to_string()).await;
+        let line = &node.lines(1).await[0];
+        assert_eq!((line.billed.name(), line.tier, line.charged_nano), ("usage", tier, charged), "{line:?}");
+        assert_eq!((line.usage_audio_input, line.usage_audio_output), (Some(200), Some(3)));
+        assert!(line.hold_nano >= line.charged_nano, "it was held for the dearest that it could come to");
+        node.finish().await;
+    }
+}

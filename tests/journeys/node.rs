@@ -99,7 +99,7 @@ impl Setup {
         let url = url.unwrap_or_else(|| format!("sqlite:{}", folder.path().join("gpt-cat.db").display()));
         let data = folder.path().display();
         let toml = format!("database_url = \"{url}\"\ndata_dir = \"{data}\"\n{}", self.toml);
-        let config = Config::load(Some(&toml), [], &dialects()).unwrap_or_else(|errors| panic!("{errors}"));
+        let config = Config::load(Some(toml.as_str()), [], &dialects()).unwrap_or_else(|errors| panic!("{errors}"));
         let store = Store::open(&config.database_url).await.unwrap();
         let master = MasterKey::load(None, &folder.path().join("master.key")).unwrap();
         let key = (hash_key(KEY), "neys".to_owned());

@@ -239,6 +239,27 @@ fn every_subcommand_works_beside_a_running_server() {
 }
 
 #[test]
+fn imported_prices_make_a_model_servable_that_had_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let file = "[endpoints.x]\ndialect = \"openai\"\nmodels = [\"some-chat\"]\n";
+    std::fs::write(path.join("gpt-cat.toml"), file).unwrap();
+    let (text, good) = run(path, &["config", "check"]);
+    assert!(!good && text.contains("serves a model without a price"), "{text}");
+    let list = r#"{"vendor/some-chat":{"input_cost_per_token":2.5e-06,"output_cost_per_token":1e-05,
+        "max_input_tokens":64000,"max_output_tokens":8000},"by-second":{"output_cost_per_second":0.1}}"#;
+    std::fs::write(path.join("list.json"), list).unwrap();
+    let imported = json(path, &["prices", "import", "list.json"]);
+    assert_eq!((&imported["models"], &imported["skipped"][0]), (&2.into(), &"by-second".into()));
+    assert!(run(path, &["config", "check"]).1);
+    let models = json(path, &["model", "list"]);
+    assert_eq!((&models[0]["input"], &models[0]["output"]), (&"2.50".into(), &"10.00".into()));
+    let (text, good) = run(path, &["prices", "import", "list.json", "by-second"]);
+    assert!(!good && text.contains("no price for \"by-second\""), "{text}");
+    assert!(run(path, &["config", "check"]).1, "a list that was refused changes nothing");
+}
+
+#[test]
 fn an_audit_notices_money_that_came_from_nowhere() {
     let folder = tempfile::tempdir().unwrap();
     Gateway::start(folder.path(), |_| {}).signal("-TERM");

@@ -23,8 +23,8 @@ use rustix::fs::FallocateFlags;
 use slab::Slab;
 use tokio::sync::Notify;
 
+pub use record::Mark;
 use record::{End, Kind, RECORD_BYTES_MAX, decode, encode, read_back};
-pub use record::{Mark, Open};
 pub use replay::{Dead, dead_boots};
 
 use crate::store::{BootId, Line, hex};
@@ -188,11 +188,11 @@ impl Journal {
     }
 
     /// Writes OPEN and keeps room for the call's other records.
-    pub fn open(&self, open: &Open) -> Result<Place, JournalFull> {
+    pub fn open(&self, open: &Line) -> Result<Place, JournalFull> {
         if self.failed.load(Ordering::Relaxed) {
             return Err(JournalFull);
         }
-        let record = encode(Kind::Open, open.line.sequence, open);
+        let record = encode(Kind::Open, open.sequence, open);
         let mut writer = self.lock();
         if self.stopped.load(Ordering::Acquire) {
             return Err(JournalFull);

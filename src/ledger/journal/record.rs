@@ -8,23 +8,15 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::store::{Billed, EndReason, Line, PriceRow};
+use crate::store::{Billed, EndReason, Line};
 
 /// "gcj" and the version of the record format.
-pub const MAGIC: u32 = u32::from_le_bytes(*b"gcj1");
+pub const MAGIC: u32 = u32::from_le_bytes(*b"gcj2");
 /// magic, length, sequence, kind
 pub const HEAD_BYTES: usize = 4 + 4 + 8 + 1;
 const CRC_BYTES: usize = 4;
 /// No record is longer: its strings are bounded where they enter (ids 128 bytes, names 256).
 pub const RECORD_BYTES_MAX: usize = 4096;
-
-/// OPEN: everything that is needed to settle the call if nothing else is ever heard of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Open {
-    /// The line as far as it is known; charges, tokens and end are still empty.
-    pub line: Line,
-    pub price: PriceRow,
-}
 
 /// MARK: what a crash would have to charge from here on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,8 +72,19 @@ pub struct Found<'a> {
 
 /// The record at the start of `bytes`, which lie at `offset`.
 pub fn decode(bytes: &[u8], offset: u64) -> Option<Found<'_>> {
+    decode_marked(MAGIC, bytes, offset)
+}
+
+/// Whether a record of another version stands at the start: whole, so that it is no damaged one of ours.
+pub fn is_of_another_version(bytes: &[u8]) -> bool {
+    let Some(magic) = bytes.first_chunk().map(|magic| u32::from_le_bytes(*magic)) else { return false };
+    let (ours, theirs) = (MAGIC.to_le_bytes(), magic.to_le_bytes());
+    theirs[..3] == ours[..3] && magic != MAGIC && decode_marked(magic, bytes, 0).is_some()
+}
+
+fn decode_marked(magic: u32, bytes: &[u8], offset: u64) -> Option<Found<'_>> {
     let head = bytes.get(..HEAD_BYTES)?;
-    if head[..4] != MAGIC.to_le_bytes() {
+    if head[..4] != magic.to_le_bytes() {
         return None;
     }
     let length = u32::from_le_bytes(head[4..8].try_into().ok()?) as usize;
@@ -105,14 +108,13 @@ pub fn read_back(file: &File, offset: u64, length: usize) -> io::Result<Line> {
 }
 
 impl Line {
-    /// The line of a call that nothing more is known of: what its last MARK says, the rest of its hold absorbed as an
-    /// estimate. `charged` is what those tokens cost.
-    pub fn crashed(open: Open, mark: Option<Mark>, charged_nano: i64) -> Line {
-        let mut line = open.line;
+    /// The line of a call that nothing more is known of but its OPEN and its last MARK: charged what `cost_nano` says of
+    /// the marked tokens, the rest of its hold absorbed as an estimate.
+    pub fn crashed(open: Line, mark: Option<Mark>, cost_nano: impl Fn(&Line) -> i64) -> Line {
+        let mut line = open;
         let hold_nano = mark.map_or(line.hold_nano, |mark| mark.hold_nano.max(line.hold_nano));
         line.hold_nano = hold_nano;
-        line.charged_nano = charged_nano.min(hold_nano);
-        line.absorbed_nano = hold_nano - line.charged_nano;
+        line.absorbed_nano = hold_nano;
         line.end_reason = EndReason::Crashed;
         line.billed = Billed::Nothing;
         line.estimated = true;
@@ -122,6 +124,8 @@ impl Line {
             line.output = mark.output;
             line.counted_output = Some(mark.output);
             line.account_id = mark.account_id;
+            line.charged_nano = cost_nano(&line).min(hold_nano);
+            line.absorbed_nano -= line.charged_nano;
         }
         line
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use super::record::{End, Found, Kind, MAGIC, Mark, Open, decode};
+use super::record::{End, Found, Kind, MAGIC, Mark, decode, is_of_another_version};
 use crate::store::{BootId, Line};
 
 /// Takes the lock of a boot's folder; `None` when its process lives.
@@ -67,9 +67,9 @@ impl Dead {
     /// Reads all records; a torn tail is cut off, anything else that does not read is skipped and reported.
     ///
     /// `settle` makes the line of a call that was open, from its OPEN and its last MARK.
-    pub fn read(&self, settle: impl Fn(Open, Option<Mark>) -> Line) -> io::Result<Left> {
+    pub fn read(&self, settle: impl Fn(Line, Option<Mark>) -> Line) -> io::Result<Left> {
         let mut left = Left::default();
-        let mut open = BTreeMap::<u64, (Open, Option<Mark>)>::new();
+        let mut open = BTreeMap::<u64, (Line, Option<Mark>)>::new();
         let mut ended = HashSet::new();
         let mut paths: Vec<PathBuf> = fs::read_dir(&self.folder)?
             .map(|entry| entry.map(|entry| entry.path()))
@@ -80,9 +80,10 @@ impl Dead {
         paths.sort();
         for path in paths {
             let bytes = fs::read(&path)?;
+            check_version(&path, &bytes)?;
             scan(&bytes, |found| match found {
                 Ok(Found { kind, sequence, payload, .. }) if kind == Kind::Open as u8 => {
-                    if let Ok(record) = postcard::from_bytes::<Open>(payload)
+                    if let Ok(record) = postcard::from_bytes::<Line>(payload)
                         && !ended.contains(&sequence)
                     {
                         // A copy of an OPEN, from an older segment, changes nothing: what was marked since counts.
@@ -116,6 +117,15 @@ impl Dead {
     pub fn remove(self) -> io::Result<()> {
         fs::remove_dir_all(&self.folder)
     }
+}
+
+/// Refuses a segment whose records have another format: read as damage, its lines would be lost.
+fn check_version(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    if !is_of_another_version(bytes) {
+        return Ok(());
+    }
+    let what = "was written by another version of gpt-cat: start that one once, so that it settles what was open";
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} {what}", path.display())))
 }
 
 /// Gives every record of a segment, and the offset of each stretch that is none.

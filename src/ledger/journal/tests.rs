@@ -3,7 +3,7 @@
 use super::record::{HEAD_BYTES, MAGIC};
 use super::replay::Left;
 use super::*;
-use crate::store::{Billed, EndReason, PriceRow};
+use crate::store::{Billed, EndReason};
 
 fn line(sequence: u64) -> Line {
     Line {
@@ -27,6 +27,10 @@ fn line(sequence: u64) -> Line {
         usage_cached: None,
         usage_output: None,
         usage_reasoning: None,
+        usage_audio_input: None,
+        usage_image_input: None,
+        usage_audio_output: None,
+        usage_image_output: None,
         counted_input: None,
         counted_output: None,
         billed: Billed::Nothing,
@@ -45,10 +49,8 @@ fn line(sequence: u64) -> Line {
     }
 }
 
-const FREE: PriceRow = PriceRow { input_nano: 0, cached_input_nano: 0, output_nano: 0, per_call_nano: 0 };
-
 fn open(journal: &Journal, sequence: u64) -> Result<Place, JournalFull> {
-    journal.open(&Open { line: line(sequence), price: FREE })
+    journal.open(&line(sequence))
 }
 
 /// A journal whose process is gone, as the next one finds it.
@@ -219,7 +221,7 @@ fn lost_syncs_cost_what_was_written_since_the_last_one_and_nothing_before_it() {
 }
 
 fn read(dead: &Dead) -> Left {
-    dead.read(|open, mark| Line::crashed(open, mark, mark.map_or(0, |mark| mark.output as i64))).unwrap()
+    dead.read(|open, mark| Line::crashed(open, mark, |line| line.output as i64)).unwrap()
 }
 
 #[test]
@@ -370,4 +372,21 @@ fn damaged_bytes_anywhere_never_panic_and_never_invent_a_line() {
             assert_eq!(found, line(found.sequence));
         }
     }
+}
+
+#[test]
+fn a_journal_of_another_version_is_left_alone_and_said_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let dead = dead(folder.path(), |journal| drop(open(journal, 1)));
+    let segments = std::fs::read_dir(&dead.folder).unwrap().map(|entry| entry.unwrap().path());
+    let segment = segments.into_iter().find(|path| path.extension().is_some()).unwrap();
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[3] = b'1';
+    let length = HEAD_BYTES + u32::from_le_bytes(bytes[4..8].try_into().unwrap()) as usize;
+    let crc = crc32c::crc32c(&bytes[..length]).to_le_bytes();
+    bytes[length..length + 4].copy_from_slice(&crc);
+    std::fs::write(&segment, bytes).unwrap();
+    let error = dead.read(|open, mark| Line::crashed(open, mark, |_| 0)).unwrap_err();
+    assert!(error.to_string().contains("another version"), "{error}");
+    assert!(segment.exists());
 }

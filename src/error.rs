@@ -55,6 +55,10 @@ pub enum Error {
     MediaType { found: String },
     /// The balance does not cover the smallest answer.
     QuotaExceeded,
+    /// A limit of the key, or an allowance of its user, does not cover the call; says which.
+    LimitReached { which: &'static str },
+    /// The group's requests a minute.
+    TooManyRequests { retry_after_s: u64 },
     /// No account became free before the deadline of the queue.
     QueueTimeout { retry_after_s: u64 },
     /// The queue is full.
@@ -119,6 +123,8 @@ mod rows {
     row!(BODY_TIMEOUT       "body_timeout"         408 INVALID,               Some("request_timeout"),          Client,   true);
     row!(MEDIA_TYPE         "media_type"           415 INVALID,               Some("unsupported_media_type"),   Client,   false);
     row!(QUOTA_EXCEEDED     "quota_exceeded"       429 "insufficient_quota",  Some("insufficient_quota"),       Client,   false);
+    row!(LIMIT_REACHED      "limit_reached"        429 "insufficient_quota",  Some("insufficient_quota"),       Client,   false);
+    row!(TOO_MANY_REQUESTS  "too_many_requests"    429 LIMIT,                 Some("rate_limit_exceeded"),      Client,   true);
     row!(QUEUE_TIMEOUT      "queue_timeout"        429 LIMIT,                 Some("rate_limit_exceeded"),      Node,     true);
     row!(QUEUE_FULL         "queue_full"           429 LIMIT,                 Some("rate_limit_exceeded"),      Node,     true);
     row!(TOO_MANY_CALLS     "too_many_calls"       429 LIMIT,                 Some("rate_limit_exceeded"),      Client,   true);
@@ -154,6 +160,8 @@ impl Error {
             Error::BodyTimeout => &rows::BODY_TIMEOUT,
             Error::MediaType { .. } => &rows::MEDIA_TYPE,
             Error::QuotaExceeded => &rows::QUOTA_EXCEEDED,
+            Error::LimitReached { .. } => &rows::LIMIT_REACHED,
+            Error::TooManyRequests { .. } => &rows::TOO_MANY_REQUESTS,
             Error::QueueTimeout { .. } => &rows::QUEUE_TIMEOUT,
             Error::QueueFull { .. } => &rows::QUEUE_FULL,
             Error::TooManyCalls { .. } => &rows::TOO_MANY_CALLS,
@@ -180,7 +188,8 @@ impl Error {
     /// Seconds for `Retry-After`, where waiting helps.
     pub fn retry_after_s(&self) -> Option<u64> {
         match self {
-            Error::QueueTimeout { retry_after_s }
+            Error::TooManyRequests { retry_after_s }
+            | Error::QueueTimeout { retry_after_s }
             | Error::QueueFull { retry_after_s }
             | Error::TooManyCalls { retry_after_s }
             | Error::BalanceLocked { retry_after_s }
@@ -221,8 +230,8 @@ impl fmt::Display for Error {
             }
             Error::PathUnknown { path } => write!(
                 f,
-                "Unknown path '{path}'. There are: POST /v1/chat/completions, GET /v1/models, GET /v1/models/{{id}} \
-                 (each also without /v1), GET /healthz and GET /readyz."
+                "Unknown path '{path}'. There are: POST /v1/chat/completions, GET /v1/models, GET /v1/models/{{id}}, \
+                 GET /v1/usage (each also without /v1), GET /healthz and GET /readyz."
             ),
             Error::MethodNotAllowed { allowed } => write!(f, "This path takes {allowed}."),
             Error::BodyInvalid { param: Some(param), reason } => write!(f, "'{param}': {reason}."),
@@ -233,6 +242,8 @@ impl fmt::Display for Error {
                 write!(f, "The body must be application/json without a content encoding, found '{found}'.")
             }
             Error::QuotaExceeded => f.write_str("The balance does not cover this call. Top up, or ask for less."),
+            Error::LimitReached { which } => write!(f, "{which} does not cover this call."),
+            Error::TooManyRequests { .. } => f.write_str("Too many requests of this user within a minute."),
             Error::QueueTimeout { .. } => f.write_str("No account became free in time. Try again."),
             Error::QueueFull { .. } => f.write_str("Too many requests are waiting already. Try again later."),
             Error::TooManyCalls { .. } => f.write_str("Too many calls of this user are in flight."),

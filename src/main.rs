@@ -60,8 +60,9 @@ fn run(cli: Cli) -> Result<bool, Failure> {
     }
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let store = Store::open(&config.database_url).await?;
-        let check_line = ledger::CHECK_LINE;
-        Desk { config: &config, store: &store, master: &master, check_line, json: cli.json }.run(command).await
+        let (check_line, line_cost) = (ledger::CHECK_LINE, ledger::LINE_COST);
+        let desk = Desk { config: &config, store: &store, master: &master, check_line, line_cost, json: cli.json };
+        desk.run(command).await
     })
 }
 

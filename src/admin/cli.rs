@@ -13,7 +13,11 @@ use super::{NewKey, hint, show};
 use crate::config::Config;
 use crate::config::decimal::{Nano, parse_nano};
 use crate::config::import;
-use crate::store::{BootId, LineCheck, LineFilter, MasterKey, NewAccount, NewGroup, Store, StoreError, now_ms, unhex};
+use crate::store::{
+    BootId, DayFilter, LineCheck, LineCost, LineFilter, MasterKey, NewAccount, NewGroup, NewLimits, Store, StoreError,
+    UserRow, day_of, now_ms, unhex,
+};
+use crate::users::hash_key;
 
 /// A gateway for large language models: keys, balances and a pool of accounts behind OpenAI's API.
 #[derive(Debug, Parser)]
@@ -42,6 +46,9 @@ pub enum Command {
     /// Keys of users
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Codes that users redeem for money
+    #[command(subcommand)]
+    Code(CodeCommand),
     /// Groups of users: price ratio, models, calls in flight
     #[command(subcommand)]
     Group(GroupCommand),
@@ -102,9 +109,30 @@ pub enum UserCommand {
         name: String,
         group: String,
     },
+    /// Credit or debit a user so much that this is what there is, what nodes have leased included
+    EditBalance {
+        name: String,
+        #[arg(value_parser = credit)]
+        amount: i64,
+        #[arg(long, default_value = "balance edited")]
+        note: String,
+    },
+    /// Set a user's allowance: what may be charged each day and each month (UTC), all keys together
+    Limit {
+        name: String,
+        /// An amount, or none
+        #[arg(long, value_parser = limit)]
+        day: Option<Limit>,
+        /// An amount, or none
+        #[arg(long, value_parser = limit)]
+        month: Option<Limit>,
+    },
     /// Refuse all requests of a user
     Freeze {
         name: String,
+        /// Until the next credit or redeemed code
+        #[arg(long)]
+        until_credit: bool,
     },
     Unfreeze {
         name: String,
@@ -118,6 +146,15 @@ pub enum KeyCommand {
         user: String,
         #[arg(long, default_value = "")]
         name: String,
+        #[command(flatten)]
+        limits: KeyLimits,
+    },
+    /// Change limits, models and expiry of a key; what is not given stays
+    Set {
+        /// As `key list` shows it
+        id: i64,
+        #[command(flatten)]
+        limits: KeyLimits,
     },
     List {
         /// Only this user's
@@ -127,6 +164,57 @@ pub enum KeyCommand {
     Revoke {
         /// As `key list` shows it
         id: i64,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct KeyLimits {
+    /// What may be charged to it in all: an amount, or none
+    #[arg(long, value_parser = limit)]
+    limit: Option<Limit>,
+    /// Each day (UTC)
+    #[arg(long, value_parser = limit)]
+    day: Option<Limit>,
+    /// Each month (UTC)
+    #[arg(long, value_parser = limit)]
+    month: Option<Limit>,
+    /// Models that it may call, separated by commas; "all" for those of the user's group
+    #[arg(long, value_delimiter = ',')]
+    models: Option<Vec<String>>,
+    /// When it ends, such as 2026-12-31T00:00:00Z, or none
+    #[arg(long, value_name = "MOMENT", value_parser = expiry)]
+    expires: Option<Limit>,
+}
+
+/// A number, or `none`.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit(Option<i64>);
+
+#[derive(Debug, Subcommand)]
+pub enum CodeCommand {
+    /// Make codes that users turn into money, each once; they are shown once
+    Add {
+        /// What each is worth
+        #[arg(value_parser = credit)]
+        amount: i64,
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        count: u32,
+        /// When they end, such as 2026-12-31T00:00:00Z
+        #[arg(long, value_name = "MOMENT", value_parser = moment_ms)]
+        expires: Option<i64>,
+        #[arg(long, default_value = "")]
+        note: String,
+    },
+    List,
+    /// Make a code worthless that nobody has redeemed
+    Revoke {
+        /// As `code list` shows it
+        id: i64,
+    },
+    /// Redeem a code for a user; users do it by themselves with the command redeem in a chat
+    Redeem {
+        code: String,
+        user: String,
     },
 }
 
@@ -145,6 +233,9 @@ pub enum GroupCommand {
         /// Calls in flight of one user; 0 for no limit
         #[arg(long)]
         concurrency: Option<u32>,
+        /// Requests a minute of one user; 0 for no limit
+        #[arg(long, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+        requests_per_minute: Option<u32>,
     },
 }
 
@@ -228,7 +319,36 @@ pub enum ConfigCommand {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct UsageArgs {
+    #[command(subcommand)]
+    command: Option<UsageCommand>,
+    #[command(flatten)]
+    shown: ShownUsage,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum UsageCommand {
+    /// Compute lines anew with the prices of the configuration as it is now
+    Recompute {
+        /// Only show what would change: it books nothing. Credits and debits make good what was billed wrong
+        #[arg(long, required = true)]
+        dry_run: bool,
+        #[arg(long)]
+        user: Option<String>,
+        #[arg(long)]
+        model: Option<String>,
+        /// Calls that began at this moment or later, such as 2026-01-31T00:00:00Z
+        #[arg(long, value_name = "MOMENT", value_parser = moment_ms)]
+        since: Option<i64>,
+        /// Calls that began before this moment
+        #[arg(long, value_name = "MOMENT", value_parser = moment_ms)]
+        until: Option<i64>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct ShownUsage {
     #[arg(long)]
     user: Option<String>,
     /// A key's id, as `key list` shows it
@@ -254,6 +374,9 @@ pub struct UsageArgs {
     /// At most this many lines
     #[arg(long, default_value_t = 100)]
     limit: u32,
+    /// What each day (UTC) came to by user, key and model; these sums stay when lines are forgotten
+    #[arg(long, conflicts_with_all = ["account", "end_reason", "hours"])]
+    per_day: bool,
     /// Print CSV (RFC 4180) instead of a table
     #[arg(long, conflicts_with = "json")]
     csv: bool,
@@ -268,6 +391,14 @@ fn moment_ms(text: &str) -> Result<i64, String> {
 
 fn credit(text: &str) -> Result<i64, String> {
     parse_nano(text).and_then(|nano| if nano < 0 { Err("it must not be below zero".into()) } else { Ok(nano) })
+}
+
+fn limit(text: &str) -> Result<Limit, String> {
+    if text == "none" { Ok(Limit(None)) } else { credit(text).map(|nano| Limit(Some(nano))) }
+}
+
+fn expiry(text: &str) -> Result<Limit, String> {
+    if text == "none" { Ok(Limit(None)) } else { moment_ms(text).map(|moment| Limit(Some(moment))) }
 }
 
 /// A price ratio in millionths.
@@ -293,6 +424,7 @@ pub struct Desk<'a> {
     pub store: &'a Store,
     pub master: &'a MasterKey,
     pub check_line: LineCheck,
+    pub line_cost: LineCost,
     pub json: bool,
 }
 
@@ -309,16 +441,25 @@ impl Desk<'_> {
                 store.credit(name.clone(), amount, note).await?;
                 self.print(&show::user(store, name).await?)
             }
-            Command::User(UserCommand::Debit { name, amount, note }) => self.debit(name, amount, note).await,
+            Command::User(UserCommand::Debit { name, amount, note }) => {
+                let debit = || store.debit(name.clone(), amount, note.clone());
+                self.with_leases(&name, debit).await
+            }
             Command::User(UserCommand::Group { name, group }) => {
                 store.set_group(name.clone(), group).await?;
                 self.print(&show::user(store, name).await?)
             }
             Command::Group(GroupCommand::List) => self.print(&show::groups(store).await?),
-            Command::Group(GroupCommand::Set { name, ratio, models, concurrency }) => {
-                let models = models.map(|models| (models != ["all"]).then_some(models));
-                let concurrency = concurrency.map(|limit| (limit > 0).then_some(limit));
-                store.put_group(NewGroup { name, ratio_micro: ratio, models, concurrency }).await?;
+            Command::Group(GroupCommand::Set { name, ratio, models, concurrency, requests_per_minute }) => {
+                let above_zero = |limit: u32| (limit > 0).then_some(limit);
+                let group = NewGroup {
+                    name,
+                    ratio_micro: ratio,
+                    models: models.map(all_or),
+                    concurrency: concurrency.map(above_zero),
+                    requests_per_minute: requests_per_minute.map(above_zero),
+                };
+                store.put_group(group).await?;
                 self.print(&show::groups(store).await?)
             }
             Command::Lease(LeaseCommand::List) => self.print(&show::leases(store).await?),
@@ -327,9 +468,39 @@ impl Desk<'_> {
                 let released = store.release_boot(boot, self.config.ledger.silent_ms() as i64).await?;
                 self.print(&Listing::one(&["released"], vec![Nano(released).to_string().into()]))
             }
-            Command::User(UserCommand::Freeze { name }) => self.freeze(name, true).await,
-            Command::User(UserCommand::Unfreeze { name }) => self.freeze(name, false).await,
-            Command::Key(KeyCommand::Add { user, name }) => self.add_key(user, name).await,
+            Command::User(UserCommand::EditBalance { name, amount, note }) => {
+                let edit = || store.set_balance(name.clone(), amount, note.clone());
+                self.with_leases(&name, edit).await
+            }
+            Command::User(UserCommand::Limit { name, day, month }) => {
+                let limits = NewLimits {
+                    day_nano: day.map(|day| day.0),
+                    month_nano: month.map(|month| month.0),
+                    ..NewLimits::default()
+                };
+                store.limit_user(name.clone(), limits).await?;
+                self.print(&show::user(store, name).await?)
+            }
+            Command::User(UserCommand::Freeze { name, until_credit }) => self.freeze(name, true, until_credit).await,
+            Command::User(UserCommand::Unfreeze { name }) => self.freeze(name, false, false).await,
+            Command::Key(KeyCommand::Add { user, name, limits }) => self.add_key(user, name, limits).await,
+            Command::Key(KeyCommand::Set { id, limits }) => {
+                store.limit_key(id, limits.into()).await?;
+                self.done("changed")
+            }
+            Command::Code(CodeCommand::Add { amount, count, expires, note }) => {
+                self.add_codes(amount, count, expires, note).await
+            }
+            Command::Code(CodeCommand::List) => self.print(&show::codes(store).await?),
+            Command::Code(CodeCommand::Revoke { id }) => {
+                store.revoke_code(id).await?;
+                self.done("revoked")
+            }
+            Command::Code(CodeCommand::Redeem { code, user }) => {
+                let id = store.user(user.clone()).await?.id;
+                store.redeem(id, hash_key(code.trim())).await?;
+                self.print(&show::user(store, user).await?)
+            }
             Command::Key(KeyCommand::List { user }) => self.print(&show::keys(store, user).await?),
             Command::Key(KeyCommand::Revoke { id }) => {
                 store.revoke_key(id).await?;
@@ -351,8 +522,16 @@ impl Desk<'_> {
             }
             Command::Model(ModelCommand::List) => self.print(&show::models(self.config)),
             Command::Usage(args) => {
-                let csv = args.csv;
-                let listing = show::usage(store, args.filter()).await?;
+                let UsageArgs { command, shown } = args;
+                if let Some(UsageCommand::Recompute { user, model, since, until, .. }) = command {
+                    let filter = LineFilter { user, model, since_ms: since, until_ms: until, ..LineFilter::default() };
+                    return self.print(&show::recompute(store, self.config, filter, self.line_cost).await?);
+                }
+                let csv = shown.csv;
+                let listing = match shown.per_day {
+                    true => show::usage_per_day(store, shown.day_filter()).await?,
+                    false => show::usage(store, shown.filter()).await?,
+                };
                 if csv {
                     write(listing.csv()?.trim_end())?;
                     return Ok(true);
@@ -371,31 +550,50 @@ impl Desk<'_> {
     }
 
     /// Takes money; what nodes have leased and free is called back for it.
-    async fn debit(&self, name: String, amount: i64, note: String) -> Result<bool, Failure> {
+    async fn with_leases<F>(&self, name: &str, take: impl Fn() -> F) -> Result<bool, Failure>
+    where
+        F: Future<Output = Result<UserRow, StoreError>>,
+    {
         for _ in 0..DEBIT_TRIES {
-            match self.store.debit(name.clone(), amount, note.clone()).await {
-                Ok(_) => return self.print(&show::user(self.store, name).await?),
-                Err(StoreError::Refused(_)) if self.store.user(name.clone()).await?.leased_nano > 0 => {}
+            match take().await {
+                Ok(_) => return self.print(&show::user(self.store, name.to_owned()).await?),
+                Err(StoreError::Refused(_)) if self.store.user(name.to_owned()).await?.leased_nano > 0 => {}
                 Err(error) => return Err(error.into()),
             }
-            let user = self.store.user(name.clone()).await?;
+            let user = self.store.user(name.to_owned()).await?;
             self.store.ask_back(user.id, OPERATOR).await?;
             tokio::time::sleep(DEBIT_AGAIN).await;
         }
-        let user = self.store.user(name).await?;
+        let user = self.store.user(name.to_owned()).await?;
         let (balance, leased) = (Nano(user.balance_nano), Nano(user.leased_nano));
         Err(format!("the balance has {balance}; calls that are running have {leased} more: freeze the user, or wait")
             .into())
     }
 
-    async fn freeze(&self, name: String, frozen: bool) -> Result<bool, Failure> {
-        self.store.set_frozen(name.clone(), frozen).await?;
+    async fn freeze(&self, name: String, frozen: bool, until_credit: bool) -> Result<bool, Failure> {
+        self.store.set_frozen(name.clone(), frozen, until_credit).await?;
         self.print(&show::user(self.store, name).await?)
     }
 
-    async fn add_key(&self, user: String, name: String) -> Result<bool, Failure> {
+    async fn add_codes(&self, amount: i64, count: u32, expires: Option<i64>, note: String) -> Result<bool, Failure> {
+        if amount == 0 {
+            return Err("a code must be worth something".into());
+        }
+        let (mut texts, mut rows) = (Vec::new(), Vec::new());
+        for _ in 0..count {
+            let NewKey { key, hash, hint } = NewKey::code();
+            texts.push(key);
+            rows.push((hash, hint));
+        }
+        let ids = self.store.add_codes(rows, amount, expires, note).await?;
+        let amount: Value = Nano(amount).to_string().into();
+        let rows = ids.into_iter().zip(texts).map(|(id, code)| vec![id.into(), code.into(), amount.clone()]);
+        self.print(&Listing::list(&["id", "code", "amount"], rows.collect()))
+    }
+
+    async fn add_key(&self, user: String, name: String, limits: KeyLimits) -> Result<bool, Failure> {
         let new = NewKey::random();
-        let id = self.store.add_key(user.clone(), new.hash, new.hint, name).await?;
+        let id = self.store.add_key(user.clone(), new.hash, new.hint, name, limits.into()).await?;
         self.print(&Listing::one(&["id", "user", "key"], vec![id.into(), user.into(), new.key.into()]))
     }
 
@@ -465,7 +663,37 @@ impl Desk<'_> {
     }
 }
 
-impl UsageArgs {
+impl From<KeyLimits> for NewLimits {
+    fn from(KeyLimits { limit, day, month, models, expires }: KeyLimits) -> NewLimits {
+        let number = |limit: Option<Limit>| limit.map(|limit| limit.0);
+        NewLimits {
+            limit_nano: number(limit),
+            day_nano: number(day),
+            month_nano: number(month),
+            models: models.map(all_or),
+            expires_ms: number(expires),
+        }
+    }
+}
+
+/// "all" stands for no list.
+fn all_or(models: Vec<String>) -> Option<Vec<String>> {
+    (models != ["all"]).then_some(models)
+}
+
+impl ShownUsage {
+    fn day_filter(self) -> DayFilter {
+        DayFilter {
+            user: self.user,
+            key_id: self.key,
+            model: self.model,
+            since: self.since.map(day_of),
+            // The last one is the day of the last moment before `until`.
+            until: self.until.map(|until| day_of(until - 1)),
+            limit: self.limit,
+        }
+    }
+
     fn filter(self) -> LineFilter {
         let within = self.hours.map(|hours| now_ms() - i64::from(hours) * 3_600_000);
         LineFilter {

@@ -30,6 +30,11 @@ impl NewKey {
         NewKey::of(format!("sk-{}", hex(&random::<KEY_BYTES>())))
     }
 
+    /// A code that a user redeems; as much of a secret as a key.
+    fn code() -> NewKey {
+        NewKey::of(format!("code-{}", hex(&random::<KEY_BYTES>())))
+    }
+
     /// A key from the environment; refused where it is too short to be a secret.
     fn chosen(key: String) -> Result<NewKey, String> {
         let fits = (CHOSEN_BYTES_MIN..=CHOSEN_BYTES_MAX).contains(&key.len());

@@ -147,6 +147,7 @@ impl Check {
             ),
             fence_s: self.number("ledger.fence_s", raw.fence_s, 600, 1..=DAY_S),
             forfeit_s: self.number("ledger.forfeit_s", raw.forfeit_s, 900, 2..=DAY_S),
+            lines_kept_days: self.number("ledger.lines_kept_days", raw.lines_kept_days, 0, 0..=36_500),
             first_balance_nano: self.amount("ledger.first_balance", raw.first_balance).unwrap_or(NANO),
         };
         // The margin is for a node whose clock runs slow, or that was stopped between looking at it and acting.

@@ -265,6 +265,8 @@ pub struct Ledger {
     pub fence_s: u64,
     /// And after so long its leases go back to their users.
     pub forfeit_s: u64,
+    /// Days after which lines are forgotten, of which the day's sums stay; 0: never.
+    pub lines_kept_days: u32,
     /// Of the user that the first start makes.
     pub first_balance_nano: i64,
 }

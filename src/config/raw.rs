@@ -120,6 +120,7 @@ pub struct RawLedger {
     pub journal_bytes_max: Option<i64>,
     pub fence_s: Option<i64>,
     pub forfeit_s: Option<i64>,
+    pub lines_kept_days: Option<i64>,
     pub first_balance: Option<toml::Value>,
 }
 

@@ -12,6 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::journal::{Batch, Journal};
 use super::lease::{BROKE_MS, LeaseState, Purse, Taken};
+use super::quota::Limited;
 use super::{Clocks, StartError, now_ms};
 use crate::error::Error;
 use crate::store::{BootId, Store, StoreError, random};
@@ -46,6 +47,7 @@ pub(super) struct Boot {
     pub open: AtomicU64,
     pub ended: Notify,
     shipping: Mutex<()>,
+    pub limited: Limited,
     /// When this boot stops taking money, on the ledger's clock: its last heartbeat, read before it was sent, and the
     /// fence's time.
     fence_ms: AtomicU64,
@@ -83,6 +85,7 @@ impl Boot {
             open: AtomicU64::new(0),
             ended: Notify::new(),
             shipping: Mutex::default(),
+            limited: Limited::default(),
             fence_ms: AtomicU64::new(began_ms + clocks.fence_ms),
             fenced: AtomicBool::new(false),
             fence_noticed: Notify::new(),
@@ -401,6 +404,10 @@ impl Boot {
             let unreadable = |error: std::io::Error| StoreError::Database(format!("the journal: {error}"));
             let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
             if to == from {
+                // Everything that has ended is in the store, and nothing ends up there until this is done.
+                if let Err(error) = self.limited.refresh(&self.store, self.id, to).await {
+                    tracing::warn!(%error, "what has been charged against limits could not be read");
+                }
                 return Ok(());
             }
             match self.store.ship(self.id, from, to, lines).await {

@@ -13,6 +13,7 @@ use super::journal::{Mark, Place};
 use super::lease::{CallCount, Purse, Taken, Waiting};
 use super::money::Dearest;
 use super::prompt::PromptText;
+use super::quota::{self, Quota};
 use super::{Ledger, Tokens, cost_nano};
 use crate::catalog::Model;
 use crate::config::LowBalance;
@@ -91,6 +92,7 @@ struct Inner {
     habit: Arc<Habit>,
     prompt: PromptText,
     held: i64,
+    quota: Quota,
     /// Output tokens that the hold pays for.
     covered: u64,
     sliceable: bool,
@@ -114,6 +116,7 @@ struct Inner {
 pub struct Slices {
     slices: u64,
     taken: Taken,
+    quota: Quota,
 }
 
 impl Ended {
@@ -136,14 +139,18 @@ impl Ended {
 impl Ledger {
     /// Holds money for a call and writes OPEN, before the upstream is called.
     ///
-    /// Fails with 429 `insufficient_quota` when the money is not there, 429 when the user has too many calls open, 503
-    /// when this node cannot hold or write.
+    /// Fails with 429 `insufficient_quota` when the money is not there or a limit is used up, 429 `rate_limit_exceeded`
+    /// when the user calls too often or has too many calls open, 503 when this node cannot hold or write.
     pub async fn open(self: &Arc<Ledger>, ask: Ask<'_>) -> Result<OpenLine, Error> {
         if let Err(reason) = self.ready() {
             return Err(Error::NodeUnavailable { reason, retry_after_s: 5 });
         }
         let (user, model) = (&ask.key.user, ask.model);
         let group = user.group();
+        if let Some(per_minute) = group.requests_per_minute {
+            let admitted = user.pace.admit(per_minute, now_ms());
+            admitted.map_err(|retry_after_s| Error::TooManyRequests { retry_after_s })?;
+        }
         let boot = self.boot.load_full();
         let entered =
             boot.enter().ok_or(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 })?;
@@ -165,27 +172,30 @@ impl Ledger {
         let dearest = |input| Dearest::of(&model.price, input, shape.images > 0, shape.opaque, group.ratio_micro);
         let cost = |input, output| dearest(input).cost_nano(input, output);
         let (mut covered, mut clamp) = (wanted, None);
-        let mut taken = boot.cover(&purse, cost(prompt.bound, wanted)).await?;
-        if taken.is_none() {
+        let mut held = hold(&boot, &purse, ask.key, cost(prompt.bound, wanted)).await?;
+        if let Err(refused) = held {
             // The bound did not fit; the exact count may. Without even the smallest answer's money there is no need to count.
-            if purse.room() < cost(1, OUTPUT_CLAMPED_MIN.min(wanted)) {
-                return Err(Error::QuotaExceeded);
+            if room(&purse, ask.key) < cost(1, OUTPUT_CLAMPED_MIN.min(wanted)) {
+                return Err(refused);
             }
             prompt.count().await;
-            taken = boot.cover(&purse, cost(prompt.to_hold(), wanted)).await?;
+            held = hold(&boot, &purse, ask.key, cost(prompt.to_hold(), wanted)).await?;
         }
-        if taken.is_none() {
+        if let Err(refused) = held {
             let input = prompt.to_hold();
-            let each = dearest(input).output_affordable(input, purse.room()) / n;
+            let each = dearest(input).output_affordable(input, room(&purse, ask.key)) / n;
             let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen;
             if !clampable || each < OUTPUT_CLAMPED_MIN.min(wanted / n) {
-                return Err(Error::QuotaExceeded);
+                return Err(refused);
             }
             covered = each.saturating_mul(n).min(wanted);
             clamp = Some(covered / n);
-            taken = Taken::of(&purse, cost(input, covered));
+            let amount = cost(input, covered);
+            let quota = Quota::hold(ask.key, amount)?;
+            held = Taken::of(&purse, amount).map(|taken| (quota, taken)).ok_or(refused);
         }
-        let taken = taken.ok_or(Error::QuotaExceeded)?;
+        let (quota, taken) = held?;
+        boot.limited.note(user.id, ask.key.id, &quota);
 
         let line = Line {
             sequence: boot.sequence.fetch_add(1, Ordering::Relaxed) + 1,
@@ -242,6 +252,7 @@ impl Ledger {
             habit,
             prompt,
             held: taken.keep(),
+            quota,
             covered,
             output_max: model.max_output.max(ask.head.max_tokens.unwrap_or(0)).saturating_mul(n),
             sliceable: !unseen && clamp.is_none(),
@@ -305,7 +316,7 @@ impl OpenLine {
     pub fn slices(&self, output: u64) -> impl Future<Output = Option<Slices>> + Send + 'static {
         let (boot, inner) = (self.boot.clone(), self.inner());
         let (purse, slices, may) = (inner.purse.clone(), inner.slices_missing(output), inner.may_slice());
-        let amount = inner.slices_nano(slices);
+        let (key, amount) = (inner.key.clone(), inner.slices_nano(slices));
         async move {
             if !may {
                 return None;
@@ -314,8 +325,8 @@ impl OpenLine {
             loop {
                 let mut freed = pin!(purse.freed());
                 freed.as_mut().enable();
-                if let Some(taken) = boot.cover(&purse, amount).await.ok()? {
-                    return Some(Slices { slices, taken });
+                if let Ok((quota, taken)) = hold(&boot, &purse, &key, amount).await.ok()? {
+                    return Some(Slices { slices, taken, quota });
                 }
                 // Calls of one user do not cut each other short while one of them could finish.
                 if !waiting.others_may_finish() {
@@ -330,9 +341,10 @@ impl OpenLine {
     }
 
     /// Adds slices, and writes MARK; false when it cannot be written.
-    pub fn add_slices(&mut self, Slices { slices, taken }: Slices, handed_over: u64) -> bool {
+    pub fn add_slices(&mut self, Slices { slices, taken, quota }: Slices, handed_over: u64) -> bool {
         let inner = self.inner_mut();
         inner.held += taken.keep();
+        inner.quota.add(quota);
         inner.covered += slices * SLICE_TOKENS;
         self.mark(handed_over)
     }
@@ -425,7 +437,8 @@ impl Inner {
 
     fn settle(mut self: Box<Self>, boot: &Boot, ended: Ended) {
         self.fill_tokens(&ended);
-        let Inner { purse, line, model, held, called, begun, upstream_bills, prompt, output_max, .. } = &mut *self;
+        let Inner { purse, line, model, held, quota, called, begun, upstream_bills, prompt, output_max, .. } =
+            &mut *self;
         line.hold_nano = *held;
         line.status = ended.status;
         line.end_reason = ended.reason;
@@ -437,7 +450,8 @@ impl Inner {
             _ => cost_nano(&model.price, tokens, line.ratio_micro),
         };
         let held_before = *held;
-        (line.charged_nano, *held) = purse.charge(held_before, cost);
+        let allowed = held_before + quota.extend(cost - held_before);
+        (line.charged_nano, *held) = purse.charge(held_before, cost.min(allowed));
         line.absorbed_nano = cost - line.charged_nano;
         let believed =
             upstream_bills.filter(|usage| usage.input <= prompt.usage_bound() && usage.output <= *output_max);
@@ -454,9 +468,10 @@ impl Inner {
         if matches!(ended.reason, EndReason::Complete) && ended.content {
             self.habit.note(self.line.output);
         }
-        let Inner { line, place, _count, purse, held, .. } = *self;
+        let Inner { line, place, _count, purse, held, quota, .. } = *self;
         let charged = line.charged_nano;
-        boot.journal.end(place, line);
+        let ordinal = boot.journal.end(place, line);
+        quota.charge(charged, boot.id, ordinal);
         purse.release(held, charged);
         boot.leave();
     }
@@ -494,6 +509,26 @@ impl Inner {
             line.counted_input = Some(counted.tokens);
         }
     }
+}
+
+/// Holds `amount` within the limits and from the purse; the inner error says which of them does not have it.
+async fn hold(
+    boot: &Arc<Boot>,
+    purse: &Arc<Purse>,
+    key: &Key,
+    amount: i64,
+) -> Result<Result<(Quota, Taken), Error>, Error> {
+    let quota = match Quota::hold(key, amount) {
+        Ok(quota) => quota,
+        Err(refused) => return Ok(Err(refused)),
+    };
+    let taken = boot.cover(purse, amount).await?;
+    Ok(taken.map(|taken| (quota, taken)).ok_or(Error::QuotaExceeded))
+}
+
+/// What a call can hold now: what the limits leave of what the purse has.
+fn room(purse: &Purse, key: &Key) -> i64 {
+    quota::room(key).map_or(purse.room(), |left| left.min(purse.room()))
 }
 
 fn note_usage(line: &mut Line, usage: Usage) {

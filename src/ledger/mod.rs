@@ -10,6 +10,7 @@ mod journal;
 mod lease;
 mod money;
 mod prompt;
+mod quota;
 
 use std::collections::HashMap;
 use std::io;
@@ -26,12 +27,17 @@ pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS, Slices};
 pub use money::{RATIO_ONE, Tokens, cost_nano};
 
 use crate::config::{self, LowBalance, Price};
-use crate::store::{BootId, Line, LineCheck, Store, StoreError};
+use crate::store::{Billed, BootId, Line, LineCheck, LineCost, Store, StoreError, day_of};
 
 /// A node that was fenced off tries this often to begin again.
 const BEGIN_AGAIN: Duration = Duration::from_secs(1);
 /// Calls of a boot that was fenced off end with their slice, or when they are over: at most this long.
 const RETIRE_MAX: Duration = Duration::from_secs(3700);
+
+/// Old lines are forgotten this often, so many at a time, with a pause between.
+const PRUNE_EVERY: Duration = Duration::from_secs(3600);
+const PRUNE_LINES: u32 = 2000;
+const PRUNE_PAUSE: Duration = Duration::from_millis(100);
 
 /// The books of this node.
 #[derive(Debug)]
@@ -264,11 +270,47 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
     Ok(())
 }
 
+/// Forgets lines of calls that began more than `kept_days` before today (UTC; 0: none), each hour, until it is dropped.
+pub async fn prune(store: Store, kept_days: u32) {
+    if kept_days == 0 {
+        return;
+    }
+    let mut hours = tokio::time::interval(PRUNE_EVERY);
+    hours.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        hours.tick().await;
+        let before = day_of(crate::store::now_ms()) - i64::from(kept_days);
+        match prune_before(&store, before).await {
+            Ok(0) => {}
+            Ok(lines) => tracing::info!(lines, "lines were forgotten; what their days came to stays"),
+            Err(error) => tracing::warn!(%error, "lines could not be forgotten; it is tried again"),
+        }
+    }
+}
+
+/// Forgets lines a few at a time, so that nobody waits long for the database.
+async fn prune_before(store: &Store, day: i64) -> Result<u64, StoreError> {
+    let mut forgotten = 0;
+    loop {
+        match store.prune_lines(day, PRUNE_LINES).await? {
+            0 => return Ok(forgotten),
+            lines => forgotten += lines,
+        }
+        tokio::time::sleep(PRUNE_PAUSE).await;
+    }
+}
+
+/// What a line's tokens cost at a price; for [`Store::recompute`].
+pub static LINE_COST: LineCost = |line, price| match line.billed {
+    Billed::Nothing => 0,
+    Billed::Hold => line.charged_nano,
+    _ => cost_nano(price, Tokens::of_line(line), line.ratio_micro),
+};
+
 /// Recomputes a line from its tokens, price version and ratio; says what does not agree.
 pub static CHECK_LINE: LineCheck = check_line;
 
 fn check_line(line: &Line, price: &Price) -> Option<String> {
-    use crate::store::Billed;
     let cost = cost_nano(price, Tokens::of_line(line), line.ratio_micro);
     let tier = price.rates_for(line.input).0 as u32;
     let of_tokens = !matches!(line.billed, Billed::Nothing | Billed::Hold);

@@ -17,7 +17,7 @@ pub(super) fn run(world: &World<'_>, draft: &mut Draft) -> Result<Option<Command
     // Never to a model that the key may not use, or that nobody serves: the call then goes where it was meant to go.
     if let Some((target, whose)) = target
         && world.catalog.find(target).is_some_and(|model| world.pool.serves(model))
-        && key.user.group().allows(target)
+        && key.allows(target)
     {
         tracing::debug!(whose, target, "title caught");
         draft.model_name = Some(target.clone());

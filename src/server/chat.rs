@@ -5,13 +5,17 @@ use hyper::Response;
 use serde_json::{Value, json};
 
 use super::reply::{self, Reply};
-use super::{Gateway, Snapshot};
+use super::{Gateway, Snapshot, unanswered};
 use crate::error::Error;
 use crate::preprocess::Command;
 use crate::preprocess::command::{Facts, Needs};
-use crate::store::now_ms;
+use crate::store::{StoreError, now_ms};
 use crate::upstream::Pieces;
 use crate::upstream::openai::{DONE, chunk_event};
+use crate::users::hash_key;
+
+/// No code is longer.
+const CODE_BYTES_MAX: usize = 128;
 
 /// Runs a command and answers with its text: no upstream, no charge.
 pub async fn command(
@@ -20,12 +24,14 @@ pub async fn command(
     command: &Command,
     request_id: &str,
 ) -> Result<Response<Reply>, Error> {
+    let user_id = command.key.user.id;
+    let redeemed_nano = match command.row.needs {
+        Needs::Redeem => redeem(gateway, user_id, &command.argument).await.map_err(unanswered)?,
+        Needs::Nothing | Needs::Balance => None,
+    };
     let balance_nano = match command.row.needs {
         Needs::Nothing => 0,
-        Needs::Balance => gateway.ledger.balance_nano(command.key.user.id).await.map_err(|error| {
-            tracing::error!(%error, "a balance could not be read");
-            Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 }
-        })?,
+        Needs::Balance | Needs::Redeem => gateway.ledger.balance_nano(user_id).await.map_err(unanswered)?,
     };
     let config = &snapshot.config;
     let text = command.answer(&Facts {
@@ -33,8 +39,21 @@ pub async fn command(
         prefix: &config.commands.prefix,
         currency: &config.currency,
         balance_nano,
+        redeemed_nano,
     });
     Ok(completion(command, &text, request_id))
+}
+
+/// What the code was worth; `None` when it is worth nothing.
+async fn redeem(gateway: &Gateway, user_id: i64, code: &str) -> Result<Option<i64>, StoreError> {
+    if code.is_empty() || code.len() > CODE_BYTES_MAX {
+        return Ok(None);
+    }
+    match gateway.store.redeem(user_id, hash_key(code)).await {
+        Ok(nano) => Ok(Some(nano)),
+        Err(StoreError::Absent(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// A text as a completion, streamed or not, with a usage of zero.

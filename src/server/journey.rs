@@ -14,7 +14,7 @@ use super::models;
 use super::relay::{Relay, Terms};
 use super::reply::{self, Reply};
 use super::route::{self, Route};
-use super::{Gateway, Snapshot, chat};
+use super::{Gateway, Snapshot, chat, usage};
 use crate::error::Error;
 use crate::ledger::{Ask, Ended, OpenLine};
 use crate::preprocess::{self, Admitted, Call, Decision, World};
@@ -53,6 +53,7 @@ async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -
         Route::Ready => gateway.ready().map(|()| reply::text(hyper::StatusCode::OK, "ready\n")),
         Route::Models => Ok(models::list(&admit()?, &snapshot.catalog, &gateway.pool)),
         Route::Model(name) => models::one(&admit()?, &snapshot.catalog, &gateway.pool, &name),
+        Route::Usage => usage::of_key(gateway, &snapshot, &admit()?, parts.uri.query().unwrap_or_default()).await,
         Route::Chat => chat_completion(gateway, &snapshot, parts, admit()?, body, id).await,
     }
 }

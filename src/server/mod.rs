@@ -10,6 +10,7 @@ mod relay;
 mod reply;
 mod route;
 mod tls;
+mod usage;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use crate::catalog::Catalog;
 use crate::config::{self, Config};
 use crate::error::Error;
-use crate::ledger::Ledger;
+use crate::ledger::{self, Ledger};
 use crate::meter::Vocabulary;
 use crate::pool::Pool;
 use crate::store::{BootId, Change, MasterKey, Notice, Store, StoreError, random};
@@ -50,6 +51,7 @@ const SETTLE_MAX: Duration = Duration::from_secs(5);
 /// Everything that requests share.
 pub struct Gateway {
     snapshot: ArcSwap<Snapshot>,
+    store: Store,
     users: Users,
     pool: Arc<Pool>,
     upstream: Upstream,
@@ -116,7 +118,6 @@ impl Doors {
 /// A server that is ready to serve.
 pub struct Server {
     gateway: Arc<Gateway>,
-    store: Store,
     master: MasterKey,
     doors: Doors,
     changes: i64,
@@ -137,6 +138,7 @@ impl Server {
         pool.reload(&store, &master, &keyless(&config)).await?;
         let client = Client::new(Duration::from_secs(config.upstream.connect_timeout_s))?;
         let gateway = Arc::new(Gateway {
+            store: store.clone(),
             users: Users::load(&store).await?,
             upstream: Upstream::new(client, pool.clone(), config.upstream.clone(), config.retry.clone()),
             pool,
@@ -147,12 +149,12 @@ impl Server {
             stop: Arc::new(Notify::new()),
             snapshot: ArcSwap::from_pointee(Snapshot { config, catalog }),
         });
-        Ok(Server { gateway, store, master, doors, changes })
+        Ok(Server { gateway, master, doors, changes })
     }
 
     /// Serves until `stop` is ready; then lets calls finish within the configured time, settles, and returns.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        let Server { gateway, store, master, doors: Doors { http, https }, changes } = self;
+        let Server { gateway, master, doors: Doors { http, https }, changes } = self;
         let config = gateway.snapshot.load_full();
         let graceful = Arc::new(GracefulShutdown::new());
         let (abort, aborted) = watch::channel(false);
@@ -168,7 +170,8 @@ impl Server {
             tasks.spawn(accept::accept(listener, Some(certificate), door, graceful.clone()));
         }
         let books = tokio::spawn(gateway.ledger.clone().keep());
-        let watching = tokio::spawn(watch_changes(gateway.clone(), store, master, changes));
+        let watching = tokio::spawn(watch_changes(gateway.clone(), gateway.store.clone(), master, changes));
+        let pruning = tokio::spawn(ledger::prune(gateway.store.clone(), config.config.ledger.lines_kept_days));
         stop.await;
 
         let patience = Duration::from_secs(config.config.server.drain_s);
@@ -187,8 +190,15 @@ impl Server {
         let stopped = gateway.ledger.stop(SETTLE_MAX).await;
         books.abort();
         watching.abort();
+        pruning.abort();
         stopped
     }
+}
+
+/// What a request is told that needs the database.
+fn unanswered(error: StoreError) -> Error {
+    tracing::error!(%error, "the database does not answer a request");
+    Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 }
 }
 
 fn keyless(config: &Config) -> Vec<String> {

@@ -14,16 +14,16 @@ use crate::preprocess::Admitted;
 
 /// Every model that the key may use and that an enabled account serves.
 pub fn list(admitted: &Admitted, catalog: &Catalog, pool: &Arc<Pool>) -> Response<Reply> {
-    let group = admitted.key().user.group();
-    let models = catalog.iter().filter(|model| group.allows(&model.name) && pool.serves(model));
+    let key = admitted.key();
+    let models = catalog.iter().filter(|model| key.allows(&model.name) && pool.serves(model));
     let data: Vec<Value> = models.map(|model| shown(model)).collect();
     whole(json!({ "object": "list", "data": data }).to_string())
 }
 
 /// One model, if the list has it.
 pub fn one(admitted: &Admitted, catalog: &Catalog, pool: &Arc<Pool>, name: &str) -> Result<Response<Reply>, Error> {
-    let group = admitted.key().user.group();
-    let model = catalog.find(name).filter(|model| group.allows(name) && pool.serves(model));
+    let key = admitted.key();
+    let model = catalog.find(name).filter(|model| key.allows(name) && pool.serves(model));
     let model = model.ok_or_else(|| Error::ModelUnknown { model: name.to_owned() })?;
     Ok(whole(shown(model).to_string()))
 }

@@ -14,6 +14,7 @@ pub enum Route {
     Models,
     Model(String),
     Chat,
+    Usage,
 }
 
 /// A path in an error is cut to this.
@@ -31,6 +32,7 @@ pub fn of(method: &Method, path: &str) -> Result<Route, Error> {
     let (route, allowed) = match within {
         "/chat/completions" => (Route::Chat, "POST"),
         "/models" => (Route::Models, "GET"),
+        "/usage" => (Route::Usage, "GET"),
         _ => match (within.strip_prefix("/models/"), path) {
             (Some(name), _) if !name.is_empty() => (Route::Model(unescaped(name)), "GET"),
             (_, "/healthz") => (Route::Health, "GET"),
@@ -74,6 +76,7 @@ mod tests {
         for prefix in ["", "/v1"] {
             assert_eq!(of(&Method::POST, &format!("{prefix}/chat/completions")), Ok(Route::Chat));
             assert_eq!(of(&Method::GET, &format!("{prefix}/models")), Ok(Route::Models));
+            assert_eq!(of(&Method::GET, &format!("{prefix}/usage")), Ok(Route::Usage));
             let one = of(&Method::GET, &format!("{prefix}/models/qwen%2Fqwen3%3A8b"));
             assert_eq!(one, Ok(Route::Model("qwen/qwen3:8b".into())));
         }

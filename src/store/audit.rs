@@ -35,6 +35,22 @@ pub struct Audit {
     pub findings: Vec<String>,
 }
 
+/// What lines of one user and model cost when they were billed, and would cost at another price.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recomputed {
+    pub user: String,
+    pub model: String,
+    pub lines: u64,
+    pub charged_nano: i64,
+    pub absorbed_nano: i64,
+    /// At the prices that the lines were billed with.
+    pub cost_nano: i64,
+    pub new_cost_nano: i64,
+}
+
+/// The cost of a line's tokens at a price, in nano-units; 0 where nothing was billed.
+pub type LineCost = fn(&Line, &Price) -> i64;
+
 /// Findings kept; an audit that finds more has said enough.
 pub const FINDINGS_MAX: usize = 1000;
 

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::days;
 use super::tx::{Row, Tx, given};
 use super::{BootId, BootState, Elsewhere, LeaseOf, LeaseRow, Line, StoreError, now_ms};
 use crate::config::{Price, Rates};
@@ -186,8 +187,14 @@ pub async fn ship<T: Tx>(tx: &T, boot: BootId, from: u64, to: u64, mut lines: Ve
     }
     // Stored before, by a replay that was cut off: the first END of a call counts.
     let inserted: HashSet<u64> = tx.insert_lines(boot, &lines).await?.into_iter().collect();
-    lines.retain(|line| inserted.contains(&line.sequence) && line.charged_nano > 0);
-    let mut users: Vec<i64> = lines.iter().map(|line| line.user_id).collect();
+    lines.retain(|line| inserted.contains(&line.sequence));
+    charge(tx, boot, &mut lines).await?;
+    tx.add_days(&days::added_up(lines.iter())).await
+}
+
+/// Takes what new lines charge out of their leases; what these do not have, the lines no longer charge.
+async fn charge<T: Tx>(tx: &T, boot: BootId, lines: &mut [Line]) -> Result<(), StoreError> {
+    let mut users: Vec<i64> = lines.iter().filter(|line| line.charged_nano > 0).map(|line| line.user_id).collect();
     users.sort_unstable();
     users.dedup();
     if users.is_empty() {
@@ -197,7 +204,7 @@ pub async fn ship<T: Tx>(tx: &T, boot: BootId, from: u64, to: u64, mut lines: Ve
     // is charged, and the rest is the operator's.
     let leased: HashMap<i64, i64> = tx.lease_amounts(boot, users).await?.into_iter().collect();
     let mut charges: HashMap<i64, i64> = HashMap::new();
-    for line in &lines {
+    for line in lines.iter_mut().filter(|line| line.charged_nano > 0) {
         let charge = charges.entry(line.user_id).or_default();
         let left = leased.get(&line.user_id).copied().unwrap_or(0) - *charge;
         let charged = line.charged_nano.min(left);
@@ -209,6 +216,8 @@ pub async fn ship<T: Tx>(tx: &T, boot: BootId, from: u64, to: u64, mut lines: Ve
                 given![boot, line.sequence, charged, line.charged_nano - charged],
             )
             .await?;
+            line.absorbed_nano += line.charged_nano - charged;
+            line.charged_nano = charged;
         }
     }
     let mut charges: Vec<(i64, i64)> = charges.into_iter().filter(|(_, charge)| *charge > 0).collect();

@@ -1,7 +1,9 @@
 //! What an operator changes, and what a running server reads of it: users, keys, groups, accounts, and their changes.
 
 use super::tx::{Row, Tx, given};
-use super::{AccountRow, Change, GroupRow, KeyRow, NewAccount, NewGroup, StoreError, UserRow, now_ms};
+use super::{
+    AccountRow, Change, CodeRow, GroupRow, KeyRow, NewAccount, NewGroup, NewLimits, StoreError, UserRow, now_ms,
+};
 
 /// Rows of `changes` that are kept; a server that is further behind reads everything again.
 const CHANGES_KEPT: i64 = 10_000;
@@ -69,7 +71,7 @@ pub async fn forget_changes<T: Tx>(tx: &T, newest: i64) -> Result<(), StoreError
 }
 
 pub async fn groups<T: Tx>(tx: &T) -> Result<Vec<GroupRow>, StoreError> {
-    let sql = "SELECT id, name, ratio_micro, models, concurrency FROM groups ORDER BY id";
+    let sql = "SELECT id, name, ratio_micro, models, concurrency, requests_per_minute FROM groups ORDER BY id";
     let read = |row: &Row| {
         Ok(GroupRow {
             id: row.get(0)?,
@@ -77,6 +79,7 @@ pub async fn groups<T: Tx>(tx: &T) -> Result<Vec<GroupRow>, StoreError> {
             ratio_micro: row.get(2)?,
             models: names(row, 3)?,
             concurrency: row.get(4)?,
+            requests_per_minute: row.get(5)?,
         })
     };
     tx.rows(sql, &[]).await?.iter().map(read).collect()
@@ -92,8 +95,8 @@ pub async fn user<T: Tx>(tx: &T, name: String) -> Result<UserRow, StoreError> {
 }
 
 pub async fn keys<T: Tx>(tx: &T, id: Option<i64>) -> Result<Vec<KeyRow>, StoreError> {
-    let sql = "SELECT id, user_id, hash, hint, name, created_ms, expires_ms, revoked_ms FROM keys
-               WHERE CAST($1 AS BIGINT) IS NULL OR id = $1 ORDER BY id";
+    let sql = "SELECT id, user_id, hash, hint, name, created_ms, expires_ms, revoked_ms, models, limit_nano, day_nano,
+               month_nano FROM keys WHERE CAST($1 AS BIGINT) IS NULL OR id = $1 ORDER BY id";
     let read = |row: &Row| {
         Ok(KeyRow {
             id: row.get(0)?,
@@ -104,6 +107,10 @@ pub async fn keys<T: Tx>(tx: &T, id: Option<i64>) -> Result<Vec<KeyRow>, StoreEr
             created_ms: row.get(5)?,
             expires_ms: row.get(6)?,
             revoked_ms: row.get(7)?,
+            models: names(row, 8)?,
+            limit_nano: row.get(9)?,
+            day_nano: row.get(10)?,
+            month_nano: row.get(11)?,
         })
     };
     tx.rows(sql, given![id]).await?.iter().map(read).collect()
@@ -173,6 +180,106 @@ pub async fn debit<T: Tx>(tx: &T, name: String, amount_nano: i64, note: String) 
     find_user(tx, &name).await
 }
 
+pub async fn set_balance<T: Tx>(tx: &T, name: String, to_nano: i64, note: String) -> Result<UserRow, StoreError> {
+    // Locked, so that no node leases or returns meanwhile: what it has leased is the user's, too.
+    let sql = format!("SELECT id FROM users WHERE name = $1{}", T::FOR_UPDATE);
+    tx.row(&sql, given![&name]).await?.ok_or_else(|| StoreError::Absent(format!("user '{name}'")))?;
+    let user = find_user(tx, &name).await?;
+    let difference = to_nano - (user.balance_nano + user.leased_nano);
+    if user.balance_nano + difference < 0 {
+        return Err(StoreError::Refused("the balance does not have so much".into()));
+    }
+    if difference != 0 {
+        add_entry(tx, user.id, difference, &note).await?;
+    }
+    find_user(tx, &name).await
+}
+
+pub async fn limit_user<T: Tx>(tx: &T, name: String, limits: NewLimits) -> Result<UserRow, StoreError> {
+    let user = find_user(tx, &name).await?;
+    for (column, limit) in [("day_nano", limits.day_nano), ("month_nano", limits.month_nano)] {
+        if let Some(limit) = limit {
+            tx.execute(&format!("UPDATE users SET {column} = $2 WHERE id = $1"), given![user.id, limit]).await?;
+        }
+    }
+    find_user(tx, &name).await
+}
+
+pub async fn limit_key<T: Tx>(tx: &T, id: i64, limits: NewLimits) -> Result<(), StoreError> {
+    let found = tx.row("SELECT id FROM keys WHERE id = $1 AND revoked_ms IS NULL", given![id]).await?;
+    found.ok_or_else(|| StoreError::Absent(format!("key {id} that is in use")))?;
+    let NewLimits { limit_nano, day_nano, month_nano, models, expires_ms } = limits;
+    let numbers =
+        [("limit_nano", limit_nano), ("day_nano", day_nano), ("month_nano", month_nano), ("expires_ms", expires_ms)];
+    for (column, number) in numbers {
+        if let Some(number) = number {
+            tx.execute(&format!("UPDATE keys SET {column} = $2 WHERE id = $1"), given![id, number]).await?;
+        }
+    }
+    if let Some(models) = models {
+        let models = models.map(|models| serde_json::Value::from(models).to_string());
+        tx.execute("UPDATE keys SET models = $2 WHERE id = $1", given![id, models]).await?;
+    }
+    Ok(())
+}
+
+pub async fn add_codes<T: Tx>(
+    tx: &T,
+    codes: Vec<([u8; 32], String)>,
+    amount_nano: i64,
+    expires_ms: Option<i64>,
+    note: String,
+) -> Result<Vec<i64>, StoreError> {
+    let sql = "INSERT INTO codes (hash, hint, amount_nano, expires_ms, note, created_ms)
+               VALUES ($1, $2, $3, $4, $5, $6) RETURNING id";
+    let mut ids = Vec::with_capacity(codes.len());
+    for (hash, hint) in codes {
+        let row = tx.row(sql, given![hash, hint, amount_nano, expires_ms, &note, now_ms()]).await?;
+        ids.push(row.ok_or(StoreError::Moved)?.get(0)?);
+    }
+    Ok(ids)
+}
+
+pub async fn codes<T: Tx>(tx: &T) -> Result<Vec<CodeRow>, StoreError> {
+    let sql =
+        "SELECT codes.id, hint, amount_nano, note, codes.created_ms, expires_ms, revoked_ms, redeemed_ms, users.name
+               FROM codes LEFT JOIN users ON users.id = redeemed_by ORDER BY codes.id";
+    let read = |row: &Row| {
+        Ok(CodeRow {
+            id: row.get(0)?,
+            hint: row.get(1)?,
+            amount_nano: row.get(2)?,
+            note: row.get(3)?,
+            created_ms: row.get(4)?,
+            expires_ms: row.get(5)?,
+            revoked_ms: row.get(6)?,
+            redeemed_ms: row.get(7)?,
+            redeemed_by: row.get(8)?,
+        })
+    };
+    tx.rows(sql, &[]).await?.iter().map(read).collect()
+}
+
+pub async fn revoke_code<T: Tx>(tx: &T, id: i64) -> Result<(), StoreError> {
+    let sql = "UPDATE codes SET revoked_ms = $2 WHERE id = $1 AND revoked_ms IS NULL AND redeemed_ms IS NULL";
+    match tx.execute(sql, given![id, now_ms()]).await? {
+        0 => Err(StoreError::Absent(format!("code {id} that could be redeemed"))),
+        _ => Ok(()),
+    }
+}
+
+pub async fn redeem<T: Tx>(tx: &T, user_id: i64, hash: [u8; 32]) -> Result<i64, StoreError> {
+    let now = tx.now_ms().await?;
+    // One guarded update: of two that come at once the second finds it redeemed.
+    let sql = "UPDATE codes SET redeemed_ms = $2, redeemed_by = $3 WHERE hash = $1 AND redeemed_ms IS NULL
+               AND revoked_ms IS NULL AND (expires_ms IS NULL OR expires_ms > $2) RETURNING id, amount_nano";
+    let row = tx.row(sql, given![hash, now, user_id]).await?;
+    let row = row.ok_or_else(|| StoreError::Absent("such code, or it was used, has expired or was revoked".into()))?;
+    let (id, amount_nano): (i64, i64) = (row.get(0)?, row.get(1)?);
+    add_entry(tx, user_id, amount_nano, &format!("code {id}")).await?;
+    Ok(amount_nano)
+}
+
 pub async fn put_group<T: Tx>(tx: &T, group: NewGroup) -> Result<(), StoreError> {
     tx.execute("INSERT INTO groups (name) VALUES ($1) ON CONFLICT DO NOTHING", given![&group.name]).await?;
     if let Some(ratio_micro) = group.ratio_micro {
@@ -184,6 +291,10 @@ pub async fn put_group<T: Tx>(tx: &T, group: NewGroup) -> Result<(), StoreError>
     }
     if let Some(concurrency) = group.concurrency {
         tx.execute("UPDATE groups SET concurrency = $2 WHERE name = $1", given![&group.name, concurrency]).await?;
+    }
+    if let Some(requests) = group.requests_per_minute {
+        let sql = "UPDATE groups SET requests_per_minute = $2 WHERE name = $1";
+        tx.execute(sql, given![&group.name, requests]).await?;
     }
     Ok(())
 }
@@ -197,9 +308,10 @@ pub async fn set_group<T: Tx>(tx: &T, name: String, group: String) -> Result<Use
     find_user(tx, &name).await
 }
 
-pub async fn set_frozen<T: Tx>(tx: &T, name: String, frozen: bool) -> Result<UserRow, StoreError> {
+pub async fn set_frozen<T: Tx>(tx: &T, name: String, frozen: bool, thaws: bool) -> Result<UserRow, StoreError> {
     let user = find_user(tx, &name).await?;
-    tx.execute("UPDATE users SET frozen = $2 WHERE id = $1", given![user.id, frozen]).await?;
+    let sql = "UPDATE users SET frozen = $2, thaws = $3 WHERE id = $1";
+    tx.execute(sql, given![user.id, frozen, frozen && thaws]).await?;
     find_user(tx, &name).await
 }
 
@@ -209,9 +321,12 @@ pub async fn add_key<T: Tx>(
     hash: [u8; 32],
     hint: String,
     name: String,
+    limits: NewLimits,
 ) -> Result<i64, StoreError> {
     let user = find_user(tx, &user).await?;
-    insert_key(tx, user.id, hash, &hint, &name).await
+    let id = insert_key(tx, user.id, hash, &hint, &name).await?;
+    limit_key(tx, id, limits).await?;
+    Ok(id)
 }
 
 pub async fn revoke_key<T: Tx>(tx: &T, id: i64) -> Result<(), StoreError> {
@@ -263,8 +378,8 @@ pub async fn remove_account<T: Tx>(tx: &T, name: String) -> Result<(), StoreErro
 }
 
 const USER_SELECT: &str = "SELECT id, name, group_id, balance_nano,
-    (SELECT CAST(coalesce(sum(amount_nano), 0) AS BIGINT) FROM leases WHERE user_id = users.id), frozen, created_ms
-    FROM users";
+    (SELECT CAST(coalesce(sum(amount_nano), 0) AS BIGINT) FROM leases WHERE user_id = users.id), frozen, created_ms,
+    thaws, day_nano, month_nano FROM users";
 
 fn user_row(row: &Row) -> Result<UserRow, StoreError> {
     Ok(UserRow {
@@ -275,6 +390,9 @@ fn user_row(row: &Row) -> Result<UserRow, StoreError> {
         leased_nano: row.get(4)?,
         frozen: row.get(5)?,
         created_ms: row.get(6)?,
+        thaws: row.get(7)?,
+        day_nano: row.get(8)?,
+        month_nano: row.get(9)?,
     })
 }
 
@@ -292,6 +410,10 @@ async fn insert_user<T: Tx>(tx: &T, name: &str, group_id: i64) -> Result<i64, St
 async fn add_entry<T: Tx>(tx: &T, user_id: i64, amount_nano: i64, note: &str) -> Result<(), StoreError> {
     let sql = "UPDATE users SET balance_nano = balance_nano + $2 WHERE id = $1";
     tx.execute(sql, given![user_id, amount_nano]).await?;
+    if amount_nano > 0 {
+        let sql = "UPDATE users SET frozen = FALSE, thaws = FALSE WHERE id = $1 AND frozen AND thaws";
+        tx.execute(sql, given![user_id]).await?;
+    }
     let sql = "INSERT INTO entries (user_id, amount_nano, note, at_ms) VALUES ($1, $2, $3, $4)";
     tx.execute(sql, given![user_id, amount_nano, note, now_ms()]).await?;
     Ok(())

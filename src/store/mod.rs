@@ -5,6 +5,7 @@
 
 mod audit;
 mod books;
+mod days;
 mod desk;
 mod lines;
 mod migrate;
@@ -25,10 +26,11 @@ use crate::config::{DatabaseUrl, Price};
 use postgres::{Lent, Postgres};
 use sqlite::{Sqlite, at_once};
 
-pub use audit::{Audit, LineCheck, UserSums};
+pub use audit::{Audit, LineCheck, LineCost, Recomputed, UserSums};
+pub use days::{date_of, day_of, day_of_date, month_of};
 pub use rows::{
-    AccountRow, Billed, BootId, BootState, Change, Elsewhere, EndReason, GroupRow, KeyRow, LeaseOf, LeaseRow, Line,
-    LineFilter, NewAccount, NewGroup, Notice, UserRow,
+    AccountRow, Billed, BootId, BootState, Change, CodeRow, DayFilter, DayRow, Elsewhere, EndReason, GroupRow, KeyRow,
+    LeaseOf, LeaseRow, Line, LineFilter, NewAccount, NewGroup, NewLimits, Notice, Owner, Spent, UserRow,
 };
 pub use seal::{MasterKey, SealError, hex, random, unhex};
 
@@ -180,8 +182,16 @@ transactions! {
     /// Every price that was ever in force, by version.
     read books::prices() -> HashMap<i64, Price>;
 
+    /// What has been charged to these, as of `now_ms`.
+    read days::spent(owners: Vec<Owner>, now_ms: i64) -> HashMap<Owner, Spent>;
+    /// What days came to, with the name of the user, newest first.
+    read days::days(filter: DayFilter) -> Vec<(String, DayRow)>;
+    /// Forgets at most `most` lines of calls that began before a day; how many. What the day came to stays.
+    write days::prune_lines(before_day: i64, most: u32) -> u64;
     /// Lines with the name of their user, newest first.
     read lines::lines(filter: LineFilter) -> Vec<(String, Line)>;
+    /// Computes lines anew with the prices that their models have in `prices`.
+    report lines::recompute(filter: LineFilter, prices: HashMap<String, Price>, cost: LineCost) -> Vec<Recomputed>;
     /// Adds everything up in one transaction and lets `check` look at each line.
     report lines::audit(check: LineCheck) -> Audit;
 
@@ -218,10 +228,25 @@ transactions! {
     write desk::put_group(group: NewGroup) -> ();
     /// Moves a user into a group.
     write desk::set_group(name: String, group: String) -> UserRow;
-    /// Freezes or unfreezes a user.
-    write desk::set_frozen(name: String, frozen: bool) -> UserRow;
+    /// Freezes or unfreezes a user; one that `thaws` is frozen until the next credit.
+    write desk::set_frozen(name: String, frozen: bool, thaws: bool) -> UserRow;
+    /// Credits or debits a user so much that the money, what nodes have leased included, is `to_nano`; `Refused` when a
+    /// debit is not there, which it is not while nodes have leased it.
+    write desk::set_balance(name: String, to_nano: i64, note: String) -> UserRow;
+    /// Sets allowances of a user.
+    write desk::limit_user(name: String, limits: NewLimits) -> UserRow;
+    /// Sets limits, models and expiry of a key.
+    write desk::limit_key(id: i64, limits: NewLimits) -> ();
+    /// Adds codes, by hash and hint, each worth `amount_nano`; returns their ids.
+    write desk::add_codes(codes: Vec<([u8; 32], String)>, amount_nano: i64, expires_ms: Option<i64>, note: String) -> Vec<i64>;
+    /// All codes.
+    read desk::codes() -> Vec<CodeRow>;
+    /// Makes a code worthless that nobody has redeemed.
+    write desk::revoke_code(id: i64) -> ();
+    /// Credits a user with a code's amount, which is returned, and uses the code up; `Absent` when it is worth nothing.
+    write desk::redeem(user_id: i64, hash: [u8; 32]) -> i64;
     /// Adds a key to a user; returns its id.
-    write desk::add_key(user: String, hash: [u8; 32], hint: String, name: String) -> i64;
+    write desk::add_key(user: String, hash: [u8; 32], hint: String, name: String, limits: NewLimits) -> i64;
     /// Revokes a key for good.
     write desk::revoke_key(id: i64) -> ();
     /// Adds an account; returns its id. The name of a removed account may be used again.

@@ -17,7 +17,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use super::lines::{LINE_COLUMNS_ALL, fields};
 use super::seal::{hex, unhex};
 use super::tx::{Cell, Row, Tx, Value};
-use super::{BootId, Line, Notice, StoreError, migrate};
+use super::{BootId, DayRow, Line, Notice, StoreError, days, migrate};
 
 /// Connections of a node: its shipper, its heartbeat, and a few grants at a time.
 const CONNECTIONS: usize = 8;
@@ -259,6 +259,12 @@ impl PgTx<'_> {
 impl Tx for PgTx<'_> {
     const FOR_UPDATE: &'static str = " FOR NO KEY UPDATE";
 
+    fn ids(parameter: &str) -> String {
+        format!(
+            "SELECT CAST(value AS BIGINT) FROM json_array_elements_text(CAST(CAST({parameter} AS TEXT) AS JSON)) AS ids (value)"
+        )
+    }
+
     async fn execute(&self, sql: &str, given: &[Value]) -> Result<u64, StoreError> {
         let statement = self.0.prepare_cached(sql).await?;
         let given: Vec<&(dyn ToSql + Sync)> = given.iter().map(|value| value as _).collect();
@@ -291,31 +297,26 @@ impl Tx for PgTx<'_> {
     }
 
     async fn insert_lines(&self, boot: BootId, lines: &[Line]) -> Result<Vec<u64>, StoreError> {
-        // A column a parameter: one statement for any number of lines.
-        let mut columns: Vec<Column> = Vec::new();
-        for line in lines {
-            for (index, value) in fields(boot, line).into_iter().enumerate() {
-                if index == columns.len() {
-                    columns.push(Column::like(&value));
-                }
-                columns[index].push(value);
-            }
-        }
+        let columns = columns_of(lines.iter().map(|line| fields(boot, line)));
         if columns.is_empty() {
             return Ok(Vec::new());
         }
-        let types: Vec<String> = columns
-            .iter()
-            .enumerate()
-            .map(|(index, column)| format!("${}::{}[]", index + 1, column.type_name()))
-            .collect();
         let sql = format!(
-            "INSERT INTO lines ({LINE_COLUMNS_ALL}) SELECT * FROM unnest({}) ON CONFLICT DO NOTHING RETURNING sequence",
-            types.join(", ")
+            "INSERT INTO lines ({LINE_COLUMNS_ALL}) {} ON CONFLICT DO NOTHING RETURNING sequence",
+            unnested(&columns)
         );
         let given: Vec<&(dyn ToSql + Sync)> = columns.iter().map(Column::as_sql).collect();
         let inserted = self.query(&sql, &given).await?;
         inserted.iter().map(|row| Ok(row.try_get::<_, i64>(0)? as u64)).collect()
+    }
+
+    async fn add_days(&self, rows: &[DayRow]) -> Result<(), StoreError> {
+        let columns = columns_of(rows.iter().map(days::fields));
+        if !columns.is_empty() {
+            let given: Vec<&(dyn ToSql + Sync)> = columns.iter().map(Column::as_sql).collect();
+            self.query(&days::upsert(&unnested(&columns)), &given).await?;
+        }
+        Ok(())
     }
 
     async fn lease_amounts(&self, boot: BootId, users: Vec<i64>) -> Result<Vec<(i64, i64)>, StoreError> {
@@ -332,6 +333,25 @@ impl Tx for PgTx<'_> {
         self.query(sql, &[&&boot[..], &users, &amounts]).await?;
         Ok(())
     }
+}
+
+/// The rows of many values, a column a parameter: one statement for any number of them.
+fn unnested(columns: &[Column]) -> String {
+    let types = columns.iter().zip(1..).map(|(column, number)| format!("${number}::{}[]", column.type_name()));
+    format!("SELECT * FROM unnest({})", types.collect::<Vec<_>>().join(", "))
+}
+
+fn columns_of<const N: usize>(rows: impl Iterator<Item = [Value; N]>) -> Vec<Column> {
+    let mut columns: Vec<Column> = Vec::new();
+    for row in rows {
+        for (index, value) in row.into_iter().enumerate() {
+            if index == columns.len() {
+                columns.push(Column::like(&value));
+            }
+            columns[index].push(value);
+        }
+    }
+    columns
 }
 
 /// The values of one column of many rows.

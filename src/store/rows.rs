@@ -24,6 +24,8 @@ pub struct GroupRow {
     pub models: Option<Vec<String>>,
     /// Calls in flight of one user.
     pub concurrency: Option<u32>,
+    /// Of one user.
+    pub requests_per_minute: Option<u32>,
 }
 
 /// What `group set` stores; `None` leaves what there is, or takes the default.
@@ -35,6 +37,80 @@ pub struct NewGroup {
     pub models: Option<Option<Vec<String>>>,
     /// `Some(None)`: no limit.
     pub concurrency: Option<Option<u32>>,
+    /// `Some(None)`: no limit.
+    pub requests_per_minute: Option<Option<u32>>,
+}
+
+/// Who has limits: what is charged to a key is charged to its user, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Owner {
+    Key(i64),
+    User(i64),
+}
+
+/// What has been charged, in nano-units: in all, in this month and on this day (UTC).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spent {
+    pub total_nano: i64,
+    pub month_nano: i64,
+    pub day_nano: i64,
+}
+
+/// A change of limits; `None` leaves what there is, `Some(None)`: no limit.
+#[derive(Clone, Debug, Default)]
+pub struct NewLimits {
+    /// Of keys only.
+    pub limit_nano: Option<Option<i64>>,
+    pub day_nano: Option<Option<i64>>,
+    pub month_nano: Option<Option<i64>>,
+    /// Of keys only; `Some(None)`: those of the user's group.
+    pub models: Option<Option<Vec<String>>>,
+    /// Of keys only; `Some(None)`: never.
+    pub expires_ms: Option<Option<i64>>,
+}
+
+/// A code that is worth money once; the code itself is stored nowhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CodeRow {
+    pub id: i64,
+    pub hint: String,
+    pub amount_nano: i64,
+    pub note: String,
+    pub created_ms: i64,
+    pub expires_ms: Option<i64>,
+    pub revoked_ms: Option<i64>,
+    pub redeemed_ms: Option<i64>,
+    /// The user's name.
+    pub redeemed_by: Option<String>,
+}
+
+/// What the calls of a day came to, by user, key and model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DayRow {
+    /// Since 1970-01-01 UTC.
+    pub day: i64,
+    pub user_id: i64,
+    pub key_id: i64,
+    pub model: String,
+    pub calls: u64,
+    pub input: u64,
+    pub cached_input: u64,
+    pub output: u64,
+    pub charged_nano: i64,
+    pub absorbed_nano: i64,
+}
+
+/// Which days to read; see [`LineFilter`].
+#[derive(Clone, Debug, Default)]
+pub struct DayFilter {
+    pub user: Option<String>,
+    pub key_id: Option<i64>,
+    pub model: Option<String>,
+    /// First and last.
+    pub since: Option<i64>,
+    pub until: Option<i64>,
+    /// At most this many rows, newest first.
+    pub limit: u32,
 }
 
 /// A user. `balance_nano` leaves out what boots have leased.
@@ -47,6 +123,11 @@ pub struct UserRow {
     /// What live and silent boots hold from.
     pub leased_nano: i64,
     pub frozen: bool,
+    /// Frozen until the next credit.
+    pub thaws: bool,
+    /// Allowance of a day and of a month.
+    pub day_nano: Option<i64>,
+    pub month_nano: Option<i64>,
     pub created_ms: i64,
 }
 
@@ -61,6 +142,13 @@ pub struct KeyRow {
     pub created_ms: i64,
     pub expires_ms: Option<i64>,
     pub revoked_ms: Option<i64>,
+    /// Allowed models; `None`: those of its user's group.
+    pub models: Option<Vec<String>>,
+    /// What it may be charged in all.
+    pub limit_nano: Option<i64>,
+    /// And each day and month, UTC.
+    pub day_nano: Option<i64>,
+    pub month_nano: Option<i64>,
 }
 
 /// An account; its key is sealed.

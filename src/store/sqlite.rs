@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::lines::{LINE_INSERT, fields};
 use super::tx::{Cell, Row, Tx, Value};
-use super::{BootId, Line, StoreError, migrate, now_ms};
+use super::{BootId, DayRow, Line, StoreError, days, migrate, now_ms};
 
 /// Jobs that wait for the thread; beyond it the asker waits.
 const JOBS_MAX: usize = 1024;
@@ -110,6 +110,10 @@ impl ToSql for Value {
 impl Tx for Transaction<'_> {
     const FOR_UPDATE: &'static str = ""; // the whole database is locked
 
+    fn ids(parameter: &str) -> String {
+        format!("SELECT value FROM json_each({parameter})")
+    }
+
     async fn execute(&self, sql: &str, given: &[Value]) -> Result<u64, StoreError> {
         Ok(self.prepare_cached(&numbered(sql))?.execute(params_from_iter(given))? as u64)
     }
@@ -145,6 +149,14 @@ impl Tx for Transaction<'_> {
             }
         }
         Ok(inserted)
+    }
+
+    async fn add_days(&self, rows: &[DayRow]) -> Result<(), StoreError> {
+        let mut add = self.prepare_cached(&days::upsert("VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"))?;
+        for row in rows {
+            add.execute(params_from_iter(days::fields(row)))?;
+        }
+        Ok(())
     }
 
     async fn lease_amounts(&self, boot: BootId, users: Vec<i64>) -> Result<Vec<(i64, i64)>, StoreError> {

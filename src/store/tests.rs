@@ -46,6 +46,23 @@ impl Faults {
     }
 }
 
+impl Store {
+    /// Does what no transaction of ours does.
+    pub async fn raw(&self, sql: String) {
+        match &self.database {
+            Database::Sqlite(sqlite) => {
+                sqlite.run(true, move |tx| at_once(tx::Tx::execute(tx, &sql, &[]))).await.unwrap();
+            }
+            Database::Postgres(postgres) => {
+                let mut lent = postgres.lend().await.unwrap();
+                let tx = lent.begin(false).await.unwrap();
+                tx.batch(&sql).await.unwrap();
+                tx.commit().await.unwrap();
+            }
+        }
+    }
+}
+
 /// A store for as long as its folder or database lives.
 pub struct Fixture {
     pub store: Store,
@@ -311,8 +328,13 @@ async fn a_debit_takes_what_is_there_and_nothing_that_is_leased() {
 #[tokio::test]
 async fn a_group_is_made_and_changed_in_parts_and_users_move_into_it() {
     for (Fixture { store, _folder }, ..) in with_ann(0).await {
-        let group =
-            |ratio_micro, models, concurrency| NewGroup { name: "vip".into(), ratio_micro, models, concurrency };
+        let group = |ratio_micro, models, concurrency| NewGroup {
+            name: "vip".into(),
+            ratio_micro,
+            models,
+            concurrency,
+            requests_per_minute: None,
+        };
         store.put_group(group(Some(500_000), Some(Some(vec!["m".into()])), None)).await.unwrap();
         store.put_group(group(None, None, Some(Some(3)))).await.unwrap();
         let vip = store.groups().await.unwrap().pop().unwrap();
@@ -320,5 +342,191 @@ async fn a_group_is_made_and_changed_in_parts_and_users_move_into_it() {
         assert_eq!(seen, ("vip", 500_000, Some(vec!["m".to_owned()]), Some(3)));
         assert_eq!(store.set_group("ann".into(), "vip".into()).await.unwrap().group_id, vip.id);
         assert!(store.set_group("ann".into(), "none".into()).await.is_err());
+    }
+}
+
+const DAY_MS: i64 = 86_400_000;
+
+/// Ships a line for each of these days, with its charge.
+async fn ship_days(store: &Store, boot: BootId, user: i64, days: &[(i64, i64)]) {
+    let (key, price) = referred(store).await;
+    store.grant(boot, user, 100, 0).await.unwrap();
+    let lines = (1..).zip(days).map(|(sequence, (day, charged))| Line {
+        started_ms: day * DAY_MS + 5,
+        ..line(sequence, user, key, price, *charged)
+    });
+    store.ship(boot, 0, days.len() as u64, lines.collect()).await.unwrap();
+}
+
+#[tokio::test]
+async fn days_add_up_what_lines_say_and_stay_when_these_are_forgotten() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        // 2026-01-30, 2026-01-31, 2026-02-01
+        ship_days(&store, boot, user, &[(20_483, 10), (20_484, 20), (20_485, 5), (20_485, 7)]).await;
+        let (key, _) = referred(&store).await;
+        let owners = vec![Owner::Key(key), Owner::User(user), Owner::Key(key + 1)];
+        let spent = store.spent(owners, 20_485 * DAY_MS).await.unwrap();
+        let expected = Spent { total_nano: 42, month_nano: 12, day_nano: 12 };
+        assert_eq!((spent[&Owner::Key(key)], spent[&Owner::User(user)]), (expected, expected));
+        assert_eq!(spent[&Owner::Key(key + 1)], Spent::default());
+        let of_days = |filter: DayFilter| {
+            let store = store.clone();
+            async move {
+                let days = store.days(DayFilter { limit: 9, ..filter }).await.unwrap();
+                days.into_iter()
+                    .map(|(user, day)| (user, day.day, day.calls, day.output, day.charged_nano))
+                    .collect::<Vec<_>>()
+            }
+        };
+        let all = [("ann", 20_485, 2, 4, 12), ("ann", 20_484, 1, 2, 20), ("ann", 20_483, 1, 2, 10)];
+        let all = all.map(|(user, day, calls, output, charged)| (user.to_owned(), day, calls, output, charged));
+        assert_eq!(of_days(DayFilter::default()).await, all);
+        let between = DayFilter { since: Some(20_484), until: Some(20_484), key_id: Some(key), ..DayFilter::default() };
+        assert_eq!(of_days(between).await, all[1..2]);
+
+        let clean = |audit: Audit| (audit.findings, audit.users[0].difference_nano(), audit.lines);
+        assert_eq!(clean(store.audit(|_, _| None).await.unwrap()), (vec![], 0, 4));
+        assert_eq!(store.prune_lines(20_485, 1).await.unwrap(), 1);
+        assert_eq!(store.prune_lines(20_485, 9).await.unwrap(), 1);
+        assert_eq!(store.prune_lines(20_485, 9).await.unwrap(), 0);
+        assert_eq!(clean(store.audit(|_, _| None).await.unwrap()), (vec![], 0, 2));
+        assert_eq!(of_days(DayFilter::default()).await, all);
+        let user = store.user("ann".into()).await.unwrap();
+        assert_eq!(user.balance_nano + user.leased_nano, 58);
+    }
+}
+
+#[tokio::test]
+async fn lines_of_a_boot_that_may_come_back_are_not_forgotten() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        ship_days(&store, boot, user, &[(20_483, 10)]).await;
+        store.raw(format!("UPDATE boots SET seen_ms = seen_ms - {}", 2 * DAY_MS)).await;
+        assert_eq!(store.prune_lines(20_484, 9).await.unwrap(), 0);
+        store.heartbeat(boot).await.unwrap();
+        assert_eq!(store.prune_lines(20_484, 9).await.unwrap(), 1);
+    }
+}
+
+#[tokio::test]
+async fn an_audit_finds_a_day_that_its_lines_do_not_come_to() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        ship_days(&store, boot, user, &[(20_483, 10), (20_484, 10)]).await;
+        store.raw("UPDATE days SET charged_nano = charged_nano + 1 WHERE day = 20484".into()).await;
+        let audit = store.audit(|_, _| None).await.unwrap();
+        assert_eq!(audit.findings.len(), 1);
+        assert!(audit.findings[0].starts_with("2026-01-31: the lines of user"), "{:?}", audit.findings);
+        assert_eq!(audit.users[0].difference_nano(), -1);
+    }
+}
+
+#[tokio::test]
+async fn of_many_who_redeem_a_code_at_once_one_gets_its_money() {
+    for (Fixture { store, _folder }, _, user) in with_ann(0).await {
+        let ids = store.add_codes(vec![([7; 32], "last".into())], 50, None, "gift".into()).await.unwrap();
+        let redeeming = (0..8).map(|_| {
+            let store = store.clone();
+            tokio::spawn(async move { store.redeem(user, [7; 32]).await })
+        });
+        let mut won = 0;
+        for redeeming in redeeming.collect::<Vec<_>>() {
+            match redeeming.await.unwrap() {
+                Ok(nano) => won += nano,
+                Err(StoreError::Absent(_)) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert_eq!((won, store.user("ann".into()).await.unwrap().balance_nano), (50, 50));
+        let code = store.codes().await.unwrap().pop().unwrap();
+        assert_eq!((code.id, code.redeemed_by.as_deref(), code.note.as_str()), (ids[0], Some("ann"), "gift"));
+        assert!(matches!(store.revoke_code(ids[0]).await, Err(StoreError::Absent(_))));
+        assert_eq!(store.audit(|_, _| None).await.unwrap().users[0].difference_nano(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_code_that_has_expired_or_was_revoked_is_worth_nothing() {
+    for (Fixture { store, _folder }, _, user) in with_ann(0).await {
+        let past = Some(now_ms() - 1000);
+        store.add_codes(vec![([1; 32], "a".into())], 50, past, String::new()).await.unwrap();
+        let revoked = store.add_codes(vec![([2; 32], "b".into())], 50, None, String::new()).await.unwrap();
+        store.revoke_code(revoked[0]).await.unwrap();
+        let future = Some(now_ms() + 60_000);
+        store.add_codes(vec![([3; 32], "c".into())], 7, future, String::new()).await.unwrap();
+        for hash in [[1; 32], [2; 32], [9; 32]] {
+            assert!(matches!(store.redeem(user, hash).await, Err(StoreError::Absent(_))));
+        }
+        assert_eq!(store.redeem(user, [3; 32]).await.unwrap(), 7);
+    }
+}
+
+#[tokio::test]
+async fn a_user_that_was_frozen_for_money_thaws_with_the_next_credit_and_no_other_does() {
+    for (Fixture { store, _folder }, ..) in with_ann(0).await {
+        let frozen = |store: Store| async move { store.user("ann".into()).await.unwrap().frozen };
+        store.set_frozen("ann".into(), true, false).await.unwrap();
+        store.credit("ann".into(), 5, String::new()).await.unwrap();
+        assert!(frozen(store.clone()).await, "by the operator, for another reason");
+        store.set_frozen("ann".into(), true, true).await.unwrap();
+        store.debit("ann".into(), 5, String::new()).await.unwrap();
+        assert!(frozen(store.clone()).await);
+        let since = store.change_sequence().await.unwrap();
+        store.credit("ann".into(), 5, String::new()).await.unwrap();
+        assert!(!frozen(store.clone()).await);
+        let changes = store.changes_since(since).await.unwrap().1;
+        assert!(
+            changes.iter().any(|change| matches!(change, Change::User(_))),
+            "running servers learn of it: {changes:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_balance_that_is_edited_books_the_difference_to_what_nodes_have_leased_as_well() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        store.grant(boot, user, 60, 0).await.unwrap();
+        assert_eq!(store.set_balance("ann".into(), 130, "more".into()).await.unwrap().balance_nano, 70);
+        assert_eq!(store.set_balance("ann".into(), 60, "less".into()).await.unwrap().balance_nano, 0);
+        assert_eq!(store.set_balance("ann".into(), 60, "same".into()).await.unwrap().balance_nano, 0);
+        let refused = store.set_balance("ann".into(), 59, "leased".into()).await;
+        assert!(matches!(refused, Err(StoreError::Refused(_))), "{refused:?}");
+        assert_eq!(store.audit(|_, _| None).await.unwrap().users[0].difference_nano(), 0);
+    }
+}
+
+#[tokio::test]
+async fn limits_of_keys_and_users_are_set_and_taken_away_one_by_one() {
+    for (Fixture { store, _folder }, ..) in with_ann(0).await {
+        let some = NewLimits {
+            limit_nano: Some(Some(9)),
+            day_nano: Some(Some(1)),
+            models: Some(Some(vec!["m".into()])),
+            expires_ms: Some(Some(77)),
+            ..NewLimits::default()
+        };
+        let id = store.add_key("ann".into(), [5; 32], "hint".into(), "laptop".into(), some).await.unwrap();
+        let no_day = NewLimits { day_nano: Some(None), month_nano: Some(Some(3)), ..NewLimits::default() };
+        store.limit_key(id, no_day.clone()).await.unwrap();
+        let key = store.keys(Some(id)).await.unwrap().pop().unwrap();
+        assert_eq!((key.limit_nano, key.day_nano, key.month_nano), (Some(9), None, Some(3)));
+        assert_eq!((key.models, key.expires_ms), (Some(vec!["m".to_owned()]), Some(77)));
+        let user = store.limit_user("ann".into(), no_day).await.unwrap();
+        assert_eq!((user.day_nano, user.month_nano), (None, Some(3)));
+        store.revoke_key(id).await.unwrap();
+        assert!(matches!(store.limit_key(id, NewLimits::default()).await, Err(StoreError::Absent(_))));
+    }
+}
+
+#[tokio::test]
+async fn lines_are_computed_anew_by_user_and_model() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        ship_days(&store, boot, user, &[(20_483, 10), (20_484, 20)]).await;
+        let cost: LineCost = |line, price| line.output as i64 * price.rates.output_nano;
+        let prices = HashMap::from([("m".to_owned(), Price::plain(0, 4))]);
+        let filter = LineFilter { since_ms: Some(20_484 * DAY_MS), ..LineFilter::default() };
+        let found = store.recompute(filter, prices.clone(), cost).await.unwrap();
+        assert_eq!((found[0].lines, found[0].charged_nano, found[0].cost_nano, found[0].new_cost_nano), (1, 20, 0, 8));
+        let all = store.recompute(LineFilter::default(), prices, cost).await.unwrap();
+        assert_eq!((all.len(), all[0].user.as_str(), all[0].new_cost_nano), (1, "ann", 16));
+        assert!(store.recompute(LineFilter::default(), HashMap::new(), cost).await.unwrap().is_empty());
     }
 }

@@ -3,7 +3,7 @@
 //! Statements are written once, in the SQL that SQLite and PostgreSQL share: `$1` for parameters (first used in order),
 //! `CAST` where PostgreSQL must be told a type, `RETURNING`, `ON CONFLICT`. What only one of them knows is behind [`Tx`].
 
-use super::{BootId, Line, StoreError};
+use super::{BootId, DayRow, Line, StoreError};
 
 /// A parameter.
 #[derive(Clone, Debug, PartialEq)]
@@ -143,6 +143,9 @@ pub trait Tx {
     /// Behind a SELECT whose row nobody else may change until this transaction ends.
     const FOR_UPDATE: &'static str;
 
+    /// A subquery of the ids in a parameter that is a JSON array.
+    fn ids(parameter: &str) -> String;
+
     /// Runs a statement; the number of rows that it changed.
     async fn execute(&self, sql: &str, given: &[Value]) -> Result<u64, StoreError>;
 
@@ -157,6 +160,9 @@ pub trait Tx {
 
     /// Inserts lines that are not there yet; the sequences of those that were inserted.
     async fn insert_lines(&self, boot: BootId, lines: &[Line]) -> Result<Vec<u64>, StoreError>;
+
+    /// Adds to what days came to.
+    async fn add_days(&self, rows: &[DayRow]) -> Result<(), StoreError>;
 
     /// What a boot has leased of these users' money.
     async fn lease_amounts(&self, boot: BootId, users: Vec<i64>) -> Result<Vec<(i64, i64)>, StoreError>;

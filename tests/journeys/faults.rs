@@ -168,11 +168,11 @@ async fn a_user_without_money_can_call_again_once_topped_up_beside_the_server() 
 async fn a_freeze_and_its_end_are_seen_within_a_second() {
     let upstream = Upstream::start(|_, _| whole(200, &completion("hi", 5, 1))).await;
     let node = Setup::at(&upstream).start().await;
-    node.store.set_frozen(USER.into(), true).await.unwrap();
+    node.store.set_frozen(USER.into(), true, false).await.unwrap();
     tokio::time::sleep(Duration::from_millis(900)).await;
     assert_eq!(node.chat(&asking("")).await.status, 403);
     node.store.credit(USER.into(), 1, String::new()).await.unwrap();
-    node.store.set_frozen(USER.into(), false).await.unwrap();
+    node.store.set_frozen(USER.into(), false, false).await.unwrap();
     tokio::time::sleep(Duration::from_millis(900)).await;
     assert_eq!(node.chat(&asking("")).await.status, 200);
     node.finish().await;

@@ -7,6 +7,7 @@ mod cluster;
 mod corpus;
 mod faults;
 mod http2;
+mod limits;
 mod money;
 mod node;
 mod upstream;

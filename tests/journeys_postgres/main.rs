@@ -6,6 +6,8 @@
 mod cluster;
 #[path = "../journeys/faults.rs"]
 mod faults;
+#[path = "../journeys/limits.rs"]
+mod limits;
 #[path = "../journeys/money.rs"]
 mod money;
 #[path = "../journeys/node.rs"]

@@ -246,7 +246,9 @@ impl Journal {
 
     /// Writes END and hands the line to the shipper. Never refused: the room was kept, and a line that the disk does
     /// not take is kept in memory.
-    pub fn end(&self, place: Place, line: Line) {
+    ///
+    /// Returns which END it is since the boot began: the watermark counts in these.
+    pub fn end(&self, place: Place, line: Line) -> u64 {
         let mut writer = self.lock();
         writer.reserved -= place.room;
         writer.ended += 1;
@@ -270,6 +272,7 @@ impl Journal {
             self.lines_wait.notify_one();
         }
         self.written(writer);
+        ordinal
     }
 
     /// The next lines to ship, read back from the journal. A line that does not read is left to the next replay.

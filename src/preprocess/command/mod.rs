@@ -5,6 +5,7 @@
 
 mod balance_inquiry;
 mod help;
+mod redeem;
 
 use std::sync::Arc;
 
@@ -29,10 +30,12 @@ pub struct Row {
 pub enum Needs {
     Nothing,
     Balance,
+    /// The code that stands behind the command redeemed, then the balance.
+    Redeem,
 }
 
 /// Every command, in the order in which `/help` lists them.
-pub static COMMANDS: [Row; 2] = [help::ROW, balance_inquiry::ROW];
+pub static COMMANDS: [Row; 3] = [help::ROW, balance_inquiry::ROW, redeem::ROW];
 
 /// What an answer is made of.
 #[derive(Clone, Copy, Debug)]
@@ -42,12 +45,16 @@ pub struct Facts<'a> {
     pub currency: &'a str,
     /// 0 where the command does not need it.
     pub balance_nano: i64,
+    /// What a code was worth, if the command redeemed one.
+    pub redeemed_nano: Option<i64>,
 }
 
 /// A command that a user gave, to be answered without an upstream and without a charge.
 #[derive(Debug)]
 pub struct Command {
     pub row: &'static Row,
+    /// What stands behind the command's name, trimmed.
+    pub argument: String,
     pub key: Arc<Key>,
     /// The model that was asked for, to be named in the answer.
     pub model: String,
@@ -78,9 +85,10 @@ pub(super) fn run(world: &World<'_>, draft: &mut Draft) -> Result<Option<Command
     let Some(text) = head.last_user.as_ref().filter(|text| rule.enabled && head.ends_with_user && !text.cut) else {
         return Ok(None);
     };
-    let row = text.start.trim().strip_prefix(rule.prefix.as_str()).and_then(find);
-    Ok(row.map(|row| Command {
+    let found = text.start.trim().strip_prefix(rule.prefix.as_str()).and_then(find);
+    Ok(found.map(|(row, argument)| Command {
         row,
+        argument: argument.to_owned(),
         key: key.clone(),
         model: head.model.clone(),
         stream: head.stream,
@@ -88,10 +96,12 @@ pub(super) fn run(world: &World<'_>, draft: &mut Draft) -> Result<Option<Command
     }))
 }
 
-fn find(given: &str) -> Option<&'static Row> {
+/// The command that is named, and what stands behind its name.
+fn find(given: &str) -> Option<(&'static Row, &str)> {
     let word = given.split_whitespace().next()?;
     // `/ help` is no command: the word follows the prefix at once.
-    COMMANDS.iter().find(|row| (word == row.name || word == row.short) && given.starts_with(word))
+    let row = COMMANDS.iter().find(|row| (word == row.name || word == row.short) && given.starts_with(word))?;
+    Some((row, given[word.len()..].trim()))
 }
 
 #[cfg(test)]
@@ -100,8 +110,9 @@ mod tests {
 
     #[test]
     fn only_a_known_word_is_a_command() {
-        assert_eq!(find("help").unwrap().name, "help");
-        assert_eq!(find("bi  now").unwrap().name, "balance_inquiry");
+        let named = |given| find(given).map(|(row, argument)| (row.name, argument));
+        assert_eq!(named("help"), Some(("help", "")));
+        assert_eq!(named("bi  now\nor then "), Some(("balance_inquiry", "now\nor then")));
         for other in ["", " help", "usr/bin/env", "helpme", "^/h$/", "HELP"] {
             assert!(find(other).is_none(), "{other:?}");
         }
@@ -119,7 +130,7 @@ mod tests {
     #[test]
     fn help_lists_every_command_in_both_languages() {
         for language in [Language::En, Language::Zh] {
-            let facts = Facts { language, prefix: "!", currency: "USD", balance_nano: 0 };
+            let facts = Facts { language, prefix: "!", currency: "USD", balance_nano: 0, redeemed_nano: None };
             let help = (help::ROW.answer)(&facts);
             for row in &COMMANDS {
                 assert!(help.contains(&format!("!{}", row.name)), "{help}");

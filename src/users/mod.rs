@@ -3,6 +3,8 @@
 //! Looking a key up costs one hash and no query. A freeze or a revoked key is seen by calls that are running, since
 //! they hold the same [`User`].
 
+mod limits;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
@@ -10,7 +12,9 @@ use std::sync::{Arc, RwLock};
 use arc_swap::ArcSwap;
 use sha2::{Digest, Sha256};
 
-use crate::store::{Change, GroupRow, KeyRow, Store, StoreError, UserRow};
+pub use limits::{Limits, Pace, Period, Spending};
+
+use crate::store::{Change, GroupRow, KeyRow, Owner, Spent, Store, StoreError, UserRow, now_ms};
 
 /// What a group's users have in common.
 #[derive(Debug)]
@@ -23,6 +27,8 @@ pub struct Group {
     pub models: Option<HashSet<String>>,
     /// Calls in flight of one user; `None`: no limit of the group's.
     pub concurrency: Option<u32>,
+    /// Of one user; `None`: no limit.
+    pub requests_per_minute: Option<u32>,
 }
 
 impl Group {
@@ -37,7 +43,12 @@ impl Group {
 pub struct User {
     pub id: i64,
     pub name: String,
+    /// Against the allowances of the user, all keys together.
+    pub spending: Arc<Spending>,
+    /// Against the group's requests a minute.
+    pub pace: Pace,
     frozen: AtomicBool,
+    thaws: AtomicBool,
     group: ArcSwap<Group>,
 }
 
@@ -45,6 +56,11 @@ impl User {
     /// Whether the operator froze the user; calls that are running see it at their next slice.
     pub fn is_frozen(&self) -> bool {
         self.frozen.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is frozen only until the next credit.
+    pub fn thaws(&self) -> bool {
+        self.thaws.load(Ordering::Relaxed)
     }
 
     /// The user's group as it is now.
@@ -58,6 +74,10 @@ impl User {
 pub struct Key {
     pub id: i64,
     pub user: Arc<User>,
+    /// Against the key's own limits.
+    pub spending: Arc<Spending>,
+    /// Allowed models; `None`: those of the user's group.
+    models: Option<HashSet<String>>,
     revoked: AtomicBool,
     expires_ms: Option<i64>,
 }
@@ -66,6 +86,11 @@ impl Key {
     /// Whether it was revoked since it was found; calls that are running see it at their next slice.
     pub fn is_revoked(&self) -> bool {
         self.revoked.load(Ordering::Relaxed)
+    }
+
+    /// Whether it may call `model`: by itself, and by its user's group.
+    pub fn allows(&self, model: &str) -> bool {
+        self.models.as_ref().is_none_or(|models| models.contains(model)) && self.user.group().allows(model)
     }
 }
 
@@ -110,12 +135,14 @@ impl Users {
             Change::Group => self.reload(store).await,
             Change::User(id) => {
                 let rows = store.users(Some(*id)).await?;
-                self.write(|tables| rows.into_iter().for_each(|row| tables.put_user(row)));
+                let spent = spent_of(store, &rows, &[]).await?;
+                self.write(|tables| rows.into_iter().for_each(|row| tables.put_user(row, &spent)));
                 Ok(())
             }
             Change::Key(id) => {
                 let rows = store.keys(Some(*id)).await?;
-                self.write(|tables| rows.into_iter().for_each(|row| tables.put_key(row)));
+                let spent = spent_of(store, &[], &rows).await?;
+                self.write(|tables| rows.into_iter().for_each(|row| tables.put_key(row, &spent)));
                 Ok(())
             }
             Change::Account | Change::Balance(_) | Change::Short(_) => Ok(()),
@@ -124,10 +151,11 @@ impl Users {
 
     async fn reload(&self, store: &Store) -> Result<(), StoreError> {
         let (groups, users, keys) = (store.groups().await?, store.users(None).await?, store.keys(None).await?);
+        let spent = spent_of(store, &users, &keys).await?;
         self.write(|tables| {
             groups.into_iter().for_each(|row| tables.put_group(row));
-            users.into_iter().for_each(|row| tables.put_user(row));
-            keys.into_iter().for_each(|row| tables.put_key(row));
+            users.into_iter().for_each(|row| tables.put_user(row, &spent));
+            keys.into_iter().for_each(|row| tables.put_key(row, &spent));
         });
         Ok(())
     }
@@ -137,41 +165,72 @@ impl Users {
     }
 }
 
+impl UserRow {
+    fn limits(&self) -> Limits {
+        Limits { total: None, day: self.day_nano, month: self.month_nano }
+    }
+}
+
+impl KeyRow {
+    fn limits(&self) -> Limits {
+        Limits { total: self.limit_nano, day: self.day_nano, month: self.month_nano }
+    }
+}
+
+/// What has been charged to those of these that have limits.
+async fn spent_of(store: &Store, users: &[UserRow], keys: &[KeyRow]) -> Result<HashMap<Owner, Spent>, StoreError> {
+    let users = users.iter().filter(|user| user.limits() != Limits::default()).map(|user| Owner::User(user.id));
+    let keys = keys.iter().filter(|key| key.limits() != Limits::default()).map(|key| Owner::Key(key.id));
+    let limited: Vec<Owner> = users.chain(keys).collect();
+    if limited.is_empty() { Ok(HashMap::new()) } else { store.spent(limited, now_ms()).await }
+}
+
 impl Tables {
     fn put_group(&mut self, row: GroupRow) {
-        let GroupRow { id, name, ratio_micro, models, concurrency } = row;
+        let GroupRow { id, name, ratio_micro, models, concurrency, requests_per_minute } = row;
         let models = models.map(|models| models.into_iter().collect());
-        self.groups.insert(id, Arc::new(Group { id, name, ratio_micro, models, concurrency }));
+        let group = Group { id, name, ratio_micro, models, concurrency, requests_per_minute };
+        self.groups.insert(id, Arc::new(group));
     }
 
-    fn put_user(&mut self, row: UserRow) {
+    fn put_user(&mut self, row: UserRow, spent: &HashMap<Owner, Spent>) {
         let Some(group) = self.groups.get(&row.group_id).cloned() else { return };
+        let (limits, spent) = (row.limits(), spent.get(&Owner::User(row.id)).copied().unwrap_or_default());
         match self.users.get(&row.id) {
             Some(user) => {
+                user.thaws.store(row.thaws, Ordering::Relaxed);
                 user.frozen.store(row.frozen, Ordering::Relaxed);
+                user.spending.limit(limits, spent, now_ms());
                 user.group.store(group);
             }
             None => {
-                let frozen = AtomicBool::new(row.frozen);
-                let user = User { id: row.id, name: row.name, frozen, group: ArcSwap::new(group) };
+                let (frozen, thaws) = (AtomicBool::new(row.frozen), AtomicBool::new(row.thaws));
+                let spending = Arc::new(Spending::default());
+                spending.limit(limits, spent, now_ms());
+                let (pace, group) = (Pace::default(), ArcSwap::new(group));
+                let user = User { id: row.id, name: row.name, spending, pace, frozen, thaws, group };
                 self.users.insert(row.id, Arc::new(user));
             }
         }
     }
 
-    fn put_key(&mut self, row: KeyRow) {
-        if let Some(old) = self.hashes.remove(&row.id) {
-            let old = self.keys.remove(&old);
-            if let Some(old) = old.filter(|_| row.revoked_ms.is_some()) {
-                old.revoked.store(true, Ordering::Relaxed);
-            }
+    fn put_key(&mut self, row: KeyRow, spent: &HashMap<Owner, Spent>) {
+        let old = self.hashes.remove(&row.id).and_then(|hash| self.keys.remove(&hash));
+        if let Some(old) = old.as_ref().filter(|_| row.revoked_ms.is_some()) {
+            old.revoked.store(true, Ordering::Relaxed);
         }
         let Some(user) = self.users.get(&row.user_id).cloned() else { return };
-        if row.revoked_ms.is_none() {
-            self.hashes.insert(row.id, row.hash);
-            let (revoked, expires_ms) = (AtomicBool::new(false), row.expires_ms);
-            self.keys.insert(row.hash, Arc::new(Key { id: row.id, user, revoked, expires_ms }));
+        if row.revoked_ms.is_some() {
+            return;
         }
+        // What running calls hold counts against the key as it is now.
+        let spending = old.map_or_else(Arc::default, |old| old.spending.clone());
+        let spent = spent.get(&Owner::Key(row.id)).copied().unwrap_or_default();
+        spending.limit(row.limits(), spent, now_ms());
+        let models = row.models.map(|models| models.into_iter().collect());
+        let (revoked, expires_ms) = (AtomicBool::new(false), row.expires_ms);
+        self.hashes.insert(row.id, row.hash);
+        self.keys.insert(row.hash, Arc::new(Key { id: row.id, user, spending, models, revoked, expires_ms }));
     }
 }
 
@@ -213,7 +272,7 @@ mod tests {
         let users = Users::load(&store).await.unwrap();
         let held = users.find("sk-1", 0).unwrap();
         let since = store.change_sequence().await.unwrap();
-        store.set_frozen("ann".into(), true).await.unwrap();
+        store.set_frozen("ann".into(), true, false).await.unwrap();
         apply_changes(&users, &store, since).await;
         assert!(held.user.is_frozen());
     }
@@ -222,7 +281,15 @@ mod tests {
     fn an_expired_key_is_no_key() {
         let users = Users::default();
         users.write(|tables| {
-            tables.put_group(GroupRow { id: 1, name: "g".into(), ratio_micro: 1, models: None, concurrency: None });
+            let group = GroupRow {
+                id: 1,
+                name: "g".into(),
+                ratio_micro: 1,
+                models: None,
+                concurrency: None,
+                requests_per_minute: None,
+            };
+            tables.put_group(group);
             let user = UserRow {
                 id: 1,
                 name: "ann".into(),
@@ -230,10 +297,13 @@ mod tests {
                 balance_nano: 0,
                 leased_nano: 0,
                 frozen: false,
+                thaws: false,
+                day_nano: None,
+                month_nano: None,
                 created_ms: 0,
             };
-            tables.put_user(user);
-            tables.put_key(KeyRow {
+            tables.put_user(user, &HashMap::new());
+            let key = KeyRow {
                 id: 1,
                 user_id: 1,
                 hash: hash_key("sk-1"),
@@ -242,7 +312,12 @@ mod tests {
                 created_ms: 0,
                 expires_ms: Some(100),
                 revoked_ms: None,
-            });
+                models: None,
+                limit_nano: None,
+                day_nano: None,
+                month_nano: None,
+            };
+            tables.put_key(key, &HashMap::new());
         });
         assert!(users.find("sk-1", 99).is_some());
         assert!(users.find("sk-1", 100).is_none());

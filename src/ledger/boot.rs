@@ -14,6 +14,7 @@ use super::journal::{Batch, Journal};
 use super::lease::{BROKE_MS, LeaseState, Purse, Taken};
 use super::{Clocks, StartError, now_ms};
 use crate::error::Error;
+use crate::failpoint;
 use crate::store::{BootId, Store, StoreError, random};
 
 /// Finished lines reach the store this often, or sooner when many wait.
@@ -31,6 +32,7 @@ const RECALL_ASKS_EACH: u32 = 3;
 const YIELD: Duration = Duration::from_millis(200);
 
 const UNANSWERED: Error = Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 };
+const FENCED: Error = Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 };
 
 /// One life of one process, or a part of it: a node that was fenced off begins another.
 #[derive(Debug)]
@@ -66,6 +68,7 @@ impl Boot {
     ) -> Result<Arc<Boot>, StartError> {
         let (id, began_ms) = (random(), now_ms());
         store.begin_boot(id).await?;
+        failpoint::at("boot.registered");
         let journal = match Journal::create(journals, id, journal_bytes_max) {
             Ok(journal) => journal,
             Err(error) => {
@@ -161,6 +164,7 @@ impl Boot {
         while !self.journal.is_shipped() {
             self.ship().await?;
         }
+        failpoint::at("stop.shipped");
         let settled = self.open_lines() == 0 && !self.journal.is_damaged();
         if settled {
             self.store.close_boot(self.id).await?;
@@ -215,14 +219,17 @@ impl Boot {
     /// Holds `amount`, asking the store and other nodes where room is short; `None` when the money is not there.
     pub async fn cover(self: &Arc<Boot>, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
         if self.is_fenced() {
-            return Err(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 });
+            return Err(FENCED);
         }
         if let Some(taken) = Taken::of(purse, amount) {
             return Ok(Some(taken));
         }
         // A task of its own: a client that leaves must not leave a grant unbooked, and what was taken for it goes back.
         let (boot, purse) = (self.clone(), purse.clone());
-        tokio::spawn(async move { boot.refill_and_take(&purse, amount).await }).await.map_err(|_| Error::Internal)?
+        let asking = tokio::spawn(async move { boot.refill_and_take(&purse, amount).await });
+        let taken = asking.await.map_err(|_| Error::Internal)?;
+        // Asking takes time, and a process that is stopped takes any: the lease may have been forfeited meanwhile.
+        if self.is_fenced() { Err(FENCED) } else { taken }
     }
 
     async fn refill_and_take(&self, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
@@ -252,7 +259,10 @@ impl Boot {
                 return Ok(None);
             }
             let need = amount.saturating_sub(purse.room()).max(1);
-            let row = match self.store.grant(self.id, purse.user_id, need, purse.ahead_nano()).await {
+            failpoint::at("grant.asked");
+            let granted = self.store.grant(self.id, purse.user_id, need, purse.ahead_nano()).await;
+            failpoint::at("grant.answered");
+            let row = match granted {
                 Ok(row) => row,
                 Err(StoreError::BootGone) => {
                     self.gone();
@@ -304,7 +314,9 @@ impl Boot {
         }
         // A notice may be lost, or meet a node that is busy with this very user.
         if recall.in_vain.is_multiple_of(RECALL_ASKS_EACH) {
+            failpoint::at("recall.asked");
             self.store.ask_back(purse.user_id, self.id).await.map_err(|_| UNANSWERED)?;
+            failpoint::at("recall.told");
         }
         recall.in_vain = if brought > 0 { 1 } else { recall.in_vain + 1 };
         // Two nodes that ask each other would both keep what they have: the one that is told to yields.
@@ -322,6 +334,7 @@ impl Boot {
             return;
         }
         let Some(purse) = self.known_purse(user_id) else { return };
+        failpoint::at("recall.heard");
         // Whoever is busy with the lease looks at these when it is done, or while it asks others itself.
         purse.asked.store(true, Ordering::Release);
         if asking > self.id {
@@ -372,7 +385,10 @@ impl Boot {
         }
         // If it is not committed, the next read of the row books the amount as granted again.
         lease.granted_nano -= amount;
-        match self.store.give_back(self.id, purse.user_id, amount, lease.version).await {
+        failpoint::at("return.asked");
+        let returned = self.store.give_back(self.id, purse.user_id, amount, lease.version).await;
+        failpoint::at("return.answered");
+        match returned {
             Ok(row) => {
                 lease.version = row.version;
                 debug_assert_eq!(lease.granted_nano, row.granted_nano);
@@ -403,7 +419,10 @@ impl Boot {
             if to == from {
                 return Ok(());
             }
-            match self.store.ship(self.id, from, to, lines).await {
+            failpoint::at("ship.read");
+            let shipped = self.store.ship(self.id, from, to, lines).await;
+            failpoint::at("ship.committed");
+            match shipped {
                 Ok(()) => self.journal.shipped(from, to),
                 Err(StoreError::Moved) => {
                     let boot = self.store.boot(self.id).await?.ok_or(StoreError::BootGone)?;
@@ -436,7 +455,10 @@ impl Boot {
     /// Says that the boot lives, which moves its fence.
     async fn beat(&self) {
         let (sent_ms, known) = (now_ms(), self.journal.watermark());
-        match self.store.heartbeat(self.id).await {
+        failpoint::at("heartbeat.asked");
+        let beaten = self.store.heartbeat(self.id).await;
+        failpoint::at("heartbeat.answered");
+        match beaten {
             Ok(shipped) => {
                 let before = self.fence_ms.swap(sent_ms + self.clocks.fence_ms, Ordering::AcqRel);
                 if sent_ms.saturating_sub(before.saturating_sub(self.clocks.fence_ms)) > self.clocks.silent_ms {
@@ -470,7 +492,10 @@ impl Boot {
             Err(error) => return tracing::warn!(%error, "silent boots could not be looked for"),
         };
         for boot in silent {
-            match self.store.release_boot(boot, forfeit_ms).await {
+            failpoint::at("forfeit.found");
+            let released = self.store.release_boot(boot, forfeit_ms).await;
+            failpoint::at("forfeit.released");
+            match released {
                 Ok(nano) => {
                     let boot = crate::store::hex(&boot);
                     tracing::error!(boot, nano, "a silent boot was forfeited: its leases went back");

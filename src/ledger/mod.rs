@@ -26,6 +26,7 @@ pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS, Slices};
 pub use money::{RATIO_ONE, Tokens, cost_nano, output_affordable};
 
 use crate::config::{self, LowBalance};
+use crate::failpoint;
 use crate::store::{BootId, Line, LineCheck, PriceRow, Store, StoreError};
 
 /// A node that was fenced off tries this often to begin again.
@@ -245,6 +246,7 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
         tracing::error!(folder = %dead.folder.display(), "journal of a boot that the database does not know: left alone");
         return Ok(());
     };
+    failpoint::at("replay.read");
     let mut watermark = boot.shipped;
     let ended: Vec<Line> =
         left.ended.into_iter().filter(|(ordinal, _)| *ordinal > boot.shipped).map(|(_, line)| line).collect();
@@ -254,8 +256,10 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
         let to = watermark + batch.len() as u64;
         store.ship(dead.boot, watermark, to, batch.to_vec()).await?;
         watermark = to;
+        failpoint::at("replay.shipped");
     }
     store.close_boot(dead.boot).await?;
+    failpoint::at("replay.closed");
     if ended_count + crashed_count > 0 {
         tracing::warn!(ended = ended_count, crashed = crashed_count, "settled what an earlier process left behind");
     }

@@ -216,6 +216,11 @@ impl Field {
         } else {
             format!("sqlite:{}", folder.path().join("books.db").display())
         };
+        Some(Field::on(folder, database_url, balance_nano, ledger))
+    }
+
+    /// On a database that is already there, with everything else in a folder.
+    pub fn on(folder: tempfile::TempDir, database_url: String, balance_nano: i64, ledger: &str) -> Field {
         let upstream = Upstream::start();
         let balance = format!("{}.{:09}", balance_nano / 1_000_000_000, balance_nano % 1_000_000_000);
         let toml = format!(
@@ -230,7 +235,7 @@ impl Field {
         let account = ["account", "add", "--endpoint", "up", "--key-env", "UPSTREAM_KEY"];
         assert!(field.command(&field.folder.path().join("desk"), &account).status().unwrap().success());
         field.nodes.clear();
-        Some(field)
+        field
     }
 
     fn command(&self, data: &std::path::Path, arguments: &[&str]) -> Command {

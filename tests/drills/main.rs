@@ -9,9 +9,9 @@ mod field;
 mod walk;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use field::{Field, Reply, Wire, chat};
 use serde_json::Value;
@@ -246,60 +246,91 @@ fn a_node_that_is_stopped_past_its_forfeit_charges_nobody_when_it_comes_back() {
     field.assert_audit();
 }
 
-/// A database that goes away in the way of `wire` for `away`, under load, and comes back.
-fn outage(wire: Wire, away: Duration) {
-    let Some(mut field) = Field::new(true, 1_000_000_000_000, "") else { return };
-    field.put_proxy_before_database();
-    let node = field.start_node();
-    let address = field.address(node);
-    // What it has leased by then it goes on serving from.
-    for _ in 0..5 {
-        assert_eq!(chat(&address, r#""max_tokens":50"#, "words=50").status, 200);
+/// A reply, and whether its call began while the database was away.
+struct Timed {
+    reply: Reply,
+    away: bool,
+}
+
+/// Two nodes under load whose database goes away for a while and comes back: they serve what they have leased, then refuse
+/// with 503; then everything is shipped, once, without a restart.
+fn outage(mut field: Field, away: Duration, goes: impl FnOnce(&Field), returns: impl FnOnce(&Field)) {
+    let nodes = [field.start_node(), field.start_node()];
+    let addresses = nodes.map(|node| field.address(node));
+    // What a node leases ahead is what its users spent.
+    for address in addresses.iter().cycle().take(60) {
+        assert_eq!(chat(address, r#""max_tokens":50"#, "words=50").status, 200);
     }
-    let began = Instant::now();
-    let replies: Vec<Reply> = thread::scope(|scope| {
+    let (gone, over) = (AtomicBool::new(false), AtomicBool::new(false));
+    let replies: Vec<Timed> = thread::scope(|scope| {
         let load: Vec<_> = (0..4)
-            .map(|_| {
-                let address = &address;
+            .map(|number| {
+                let (address, gone, over) = (&addresses[number % 2], &gone, &over);
                 scope.spawn(move || {
                     let mut replies = Vec::new();
-                    while began.elapsed() < away + Duration::from_secs(3) {
-                        replies.push(chat(address, r#""stream":true,"max_tokens":2000"#, "words=50 each_ms=1"));
+                    while !over.load(Ordering::Relaxed) {
+                        let away = gone.load(Ordering::Relaxed);
+                        let reply = chat(address, r#""stream":true,"max_tokens":50"#, "words=50 each_ms=1");
+                        replies.push(Timed { reply, away: away && gone.load(Ordering::Relaxed) });
                         thread::sleep(Duration::from_millis(20));
                     }
                     replies
                 })
             })
             .collect();
-        field.database(wire);
+        thread::sleep(Duration::from_secs(1));
+        goes(&field);
+        gone.store(true, Ordering::Relaxed);
         thread::sleep(away);
-        field.database(Wire::Open);
+        gone.store(false, Ordering::Relaxed);
+        returns(&field);
+        thread::sleep(Duration::from_secs(3));
+        over.store(true, Ordering::Relaxed);
         load.into_iter().flat_map(|load| load.join().unwrap()).collect()
     });
-    let refused: Vec<&Reply> = replies.iter().filter(|reply| reply.status != 200).collect();
+    let refused: Vec<&Reply> = replies.iter().map(|timed| &timed.reply).filter(|reply| reply.status != 200).collect();
     assert!(refused.iter().all(|reply| reply.status == 503 && reply.text.contains("etry-after")), "{:?}", refused[0]);
-    field.until("it serves again, without a restart", |_| {
-        chat(&address, r#""max_tokens":50"#, "words=50").status == 200
+    let count = |status: u16| replies.iter().filter(|timed| timed.away && timed.reply.status == status).count();
+    eprintln!("away for {away:?}: {} served meanwhile, {} refused; {} in all", count(200), count(503), replies.len());
+    assert!(count(200) > 0, "nodes serve what they have leased");
+    assert!(count(503) > 0, "and no more than that");
+    field.until("both serve again, without a restart", |_| {
+        addresses.iter().all(|address| chat(address, r#""max_tokens":50"#, "words=50").status == 200)
     });
     field.stop_all();
     let lines = field.lines();
-    let mut ids: Vec<&str> = lines.iter().map(|line| line["request_id"].as_str().unwrap()).collect();
-    let count = ids.len();
-    ids.sort_unstable();
-    ids.dedup();
-    assert_eq!(ids.len(), count, "nothing is doubled");
-    for reply in replies.iter().filter(|reply| reply.status == 200) {
-        assert!(reply.whole && ids.binary_search(&reply.request_id.as_str()).is_ok(), "its line is shipped: {reply:?}");
+    let mut by_id: HashMap<&str, &Value> = HashMap::new();
+    for line in &lines {
+        assert!(by_id.insert(line["request_id"].as_str().unwrap(), line).is_none(), "doubled: {line}");
+    }
+    for Timed { reply, .. } in replies.iter().filter(|timed| timed.reply.status == 200) {
+        let line = by_id.get(reply.request_id.as_str()).unwrap_or_else(|| panic!("not shipped: {reply:?}"));
+        assert_eq!((reply.whole, line["output_tokens"].as_u64()), (true, Some(reply.words as u64)), "{line}");
     }
     field.assert_audit();
 }
 
+fn outage_on_the_way(wire: Wire, away: Duration) {
+    let Some(mut field) = Field::new(true, 1_000_000_000_000, "") else { return };
+    field.put_proxy_before_database();
+    outage(field, away, |field| field.database(wire), |field| field.database(Wire::Open));
+}
+
 #[test]
 fn a_database_that_is_down_for_a_while_costs_no_line_and_no_restart() {
-    outage(Wire::Closed, Duration::from_secs(field::rounds(8)));
+    outage_on_the_way(Wire::Closed, Duration::from_secs(field::rounds(8)));
 }
 
 #[test]
 fn a_network_that_swallows_what_the_database_is_sent_costs_no_line_and_no_restart() {
-    outage(Wire::Swallowing, Duration::from_secs(field::rounds(12)));
+    outage_on_the_way(Wire::Swallowing, Duration::from_secs(field::rounds(12)));
+}
+
+#[test]
+fn a_server_of_postgresql_that_crashes_under_load_and_comes_back_costs_no_line_and_no_restart() {
+    let Some(cluster) = cluster::Cluster::start(None) else { return };
+    let field = Field::on(tempfile::tempdir().unwrap(), cluster.database(), 1_000_000_000_000, "");
+    let cluster = std::sync::Mutex::new(cluster);
+    let away = Duration::from_secs(field::rounds(8));
+    outage(field, away, |_| cluster.lock().unwrap().stop(), |_| cluster.lock().unwrap().start_again());
 }

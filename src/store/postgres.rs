@@ -50,12 +50,13 @@ impl std::fmt::Debug for Postgres {
 }
 
 impl Postgres {
-    /// Reads the URL, connects and migrates. TLS is used where `sslmode` asks for it, and the certificate is checked
-    /// against the system's roots then (or those of `SSL_CERT_FILE`).
+    /// Reads the URL, connects and migrates. TLS is used where `sslmode` asks for it, and the certificate and its name are
+    /// checked against the system's roots then (or those of `SSL_CERT_FILE`).
     pub async fn open(url: &str) -> Result<Postgres, StoreError> {
         // What a URL is wrong about may repeat a part of it, and it holds a password.
-        let mut config: Config =
-            url.parse().map_err(|_| StoreError::Open("PostgreSQL".into(), "its URL does not parse".into()))?;
+        let mut config: Config = known_mode(url)
+            .parse()
+            .map_err(|_| StoreError::Open("PostgreSQL".into(), "its URL does not parse".into()))?;
         let options = format!(
             "{} -c synchronous_commit=on -c statement_timeout={ms} -c idle_in_transaction_session_timeout={ms}",
             config.get_options().unwrap_or_default(),
@@ -106,6 +107,14 @@ impl Postgres {
             }
         });
         notices
+    }
+}
+
+/// The URL with a `sslmode` that is known to its reader: `require` checks everything here, as `verify-full` asks for.
+fn known_mode(url: &str) -> String {
+    match url.split_once('?') {
+        Some((server, options)) => format!("{server}?{}", options.replace("sslmode=verify-full", "sslmode=require")),
+        None => url.to_owned(),
     }
 }
 

@@ -249,9 +249,15 @@ impl Field {
 
     /// Starts a further node; its number.
     pub fn start_node(&mut self) -> usize {
+        let node = self.add_node();
+        self.restart(node);
+        node
+    }
+
+    /// A further node, that is not started yet.
+    pub fn add_node(&mut self) -> usize {
         let data = self.folder.path().join(format!("node{}", self.nodes.len()));
         self.nodes.push(Node { process: None, address: String::new(), data });
-        self.restart(self.nodes.len() - 1);
         self.nodes.len() - 1
     }
 

@@ -4,6 +4,8 @@
 
 #[path = "../support/cluster.rs"]
 mod cluster;
+#[cfg(debug_assertions)] // a release has no small segments
+mod disk;
 mod field;
 #[cfg(debug_assertions)] // a release has no failpoints
 mod walk;

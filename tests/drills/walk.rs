@@ -115,8 +115,7 @@ fn walk(postgres: bool, chosen: impl Fn(&str, Way) -> bool) {
     ) else {
         return;
     };
-    let node = field.start_node();
-    field.kill(node);
+    let node = field.add_node();
     let mut answers = Answers::default();
     for (name, nth, way) in WALK.iter().filter(|(name, _, way)| chosen(name, *way)) {
         let armed = format!("{name}:{nth}");
@@ -202,8 +201,7 @@ fn a_kill_costs_at_most_a_slice_of_a_stream_whose_whole_answer_is_held() {
 #[test]
 fn a_kill_at_the_end_of_a_stream_charges_nothing_that_was_not_written() {
     let Some(mut field) = Field::new(false, 1_000_000_000_000, "") else { return };
-    let node = field.start_node();
-    field.kill(node);
+    let node = field.add_node();
     assert!(field.restart_armed(node, "mark.written:2"), "the second MARK is that of the end");
     // All words come in one piece, with the end right behind them.
     let reply = chat(&field.address(node), r#""stream":true"#, "words=200");
@@ -242,8 +240,7 @@ const BALANCE: i64 = 2000 * TOKEN_NANO;
 fn a_node_that_dies_while_it_asks_another_for_money_takes_none_with_it() {
     for armed in walked(Way::Short) {
         let Some(mut field) = Field::new(true, BALANCE, "fence_s = 5\nforfeit_s = 7") else { return };
-        let (holder, asking) = (field.start_node(), field.start_node());
-        field.kill(asking);
+        let (holder, asking) = (field.start_node(), field.add_node());
         assert!(field.restart_armed(asking, &armed));
         let address = field.address(holder);
         let held = thread::spawn(move || chat(&address, r#""stream":true,"max_tokens":2000"#, "words=500 each_ms=2"));
@@ -266,8 +263,7 @@ fn a_node_that_dies_while_it_asks_another_for_money_takes_none_with_it() {
 fn a_node_that_dies_while_it_forfeits_another_gives_the_money_back_once() {
     for armed in walked(Way::Silent) {
         let Some(mut field) = Field::new(true, BALANCE, "fence_s = 2\nforfeit_s = 4") else { return };
-        let (silent, node) = (field.start_node(), field.start_node());
-        field.kill(node);
+        let (silent, node) = (field.start_node(), field.add_node());
         assert!(field.restart_armed(node, &armed));
         let address = field.address(silent);
         let running =
@@ -293,8 +289,7 @@ fn a_node_that_dies_while_it_forfeits_another_gives_the_money_back_once() {
 /// first call's reply, its line as charged and absorbed, and what was charged before the money went back.
 fn stopped_past_its_forfeit(name: &str, status: u16, line: Option<(&str, &str)>, charged_before: i64) {
     let Some(mut field) = Field::new(true, BALANCE, "fence_s = 2\nforfeit_s = 4") else { return };
-    let (stopped, other) = (field.start_node(), field.start_node());
-    field.kill(stopped);
+    let (stopped, other) = (field.add_node(), field.start_node());
     assert!(field.restart_armed(stopped, &format!("{name}:1:stop")));
     let address = field.address(stopped);
     let first = thread::spawn(move || chat(&address, r#""max_tokens":2000"#, "words=100"));

@@ -1,6 +1,5 @@
 //! One call's money, from its hold to its line.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -319,22 +318,9 @@ impl OpenLine {
             if !may {
                 return None;
             }
-            let mut waiting = Waiting::new(&purse);
-            loop {
-                let mut freed = pin!(purse.freed());
-                freed.as_mut().enable();
-                if let Some(taken) = boot.cover(&purse, amount).await.ok()? {
-                    return Some(Slices { slices, taken });
-                }
-                // Calls of one user do not cut each other short while one of them could finish.
-                if !waiting.others_may_finish() {
-                    return None;
-                }
-                tokio::select! {
-                    () = freed => {}
-                    () = tokio::time::sleep(FREED_LOOK) => {}
-                }
-            }
+            let look = || tokio::time::sleep(FREED_LOOK);
+            let taken = Waiting::new(&purse).cover(|| boot.cover(&purse, amount), look).await?;
+            Some(Slices { slices, taken })
         }
     }
 

@@ -1,12 +1,15 @@
 //! The money that this node may hold from: one atomic a user, fed by leases from the store.
+//!
+//! Locks and atomics are those of `super`, so that `lease_tests.rs` can put others in their place.
 
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::futures::Notified;
 use tokio::sync::{Mutex, Notify};
 
-use super::now_s;
+use super::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use super::{now_s, sync};
 
 /// A grant ahead covers this much of the user's spending at its present rate.
 const AHEAD_S: i64 = 60;
@@ -34,7 +37,7 @@ pub(super) struct Purse {
     /// Another node asks: what is free goes back as soon as nobody is busy with the lease.
     pub asked: AtomicBool,
     /// Calls that wait for others of this user to give money back.
-    waiting: std::sync::Mutex<u32>,
+    waiting: sync::Mutex<u32>,
     /// Money came back.
     freed: Notify,
     spent_in_window: AtomicI64,
@@ -63,7 +66,7 @@ impl Purse {
             broke_until_ms: AtomicU64::new(0),
             yields: AtomicBool::new(false),
             asked: AtomicBool::new(false),
-            waiting: std::sync::Mutex::new(0),
+            waiting: sync::Mutex::new(0),
             freed: Notify::new(),
             spent_in_window: AtomicI64::new(0),
             spent_before: AtomicI64::new(0),
@@ -111,7 +114,9 @@ impl Purse {
     /// Money that came from the store.
     pub fn granted(&self, amount: i64) {
         self.room.fetch_add(amount, Ordering::AcqRel);
-        self.freed.notify_waiters();
+        if amount > 0 {
+            self.freed.notify_waiters();
+        }
     }
 
     /// Takes all room out, to be given back to the store.
@@ -208,11 +213,11 @@ pub(super) struct Waiting<'a> {
 
 impl Purse {
     /// Is told of money that comes back from now on.
-    pub fn freed(&self) -> Notified<'_> {
+    fn freed(&self) -> Notified<'_> {
         self.freed.notified()
     }
 
-    fn waiting(&self) -> std::sync::MutexGuard<'_, u32> {
+    fn waiting(&self) -> sync::MutexGuard<'_, u32> {
         self.waiting.lock().expect("no holder of this lock panics")
     }
 }
@@ -222,8 +227,35 @@ impl<'a> Waiting<'a> {
         Waiting { purse, counted: false }
     }
 
+    /// Asks `cover` again each time that money came back, or that `look` says so, until it has some; `None` when it fails,
+    /// or when nobody is left who could give any back.
+    pub async fn cover<C, E, L>(&mut self, mut cover: impl FnMut() -> C, look: impl Fn() -> L) -> Option<Taken>
+    where
+        C: Future<Output = Result<Option<Taken>, E>>,
+        L: Future<Output = ()>,
+    {
+        loop {
+            let mut freed = pin!(self.purse.freed());
+            freed.as_mut().enable();
+            if let Some(taken) = cover().await.ok()? {
+                return Some(taken);
+            }
+            // Calls of one user do not cut each other short while one of them could finish.
+            let others = self.others_may_finish();
+            tokio::select! {
+                biased;
+                // Also when nobody is left: the last one may have given money back since this one asked.
+                () = freed => {}
+                () = std::future::ready(()), if !others => return None,
+                () = look() => {}
+            }
+            // Who asks does not wait: one that has just got its money must not count, or another is cut for nothing.
+            self.stop();
+        }
+    }
+
     /// Whether another call of this user is not waiting, so that it may finish; if not, this one stops to wait.
-    pub fn others_may_finish(&mut self) -> bool {
+    fn others_may_finish(&mut self) -> bool {
         let mut waiting = self.purse.waiting();
         if !std::mem::replace(&mut self.counted, true) {
             *waiting += 1;
@@ -235,13 +267,17 @@ impl<'a> Waiting<'a> {
         self.counted = false;
         false
     }
+
+    fn stop(&mut self) {
+        if std::mem::take(&mut self.counted) {
+            *self.purse.waiting() -= 1;
+        }
+    }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        if self.counted {
-            *self.purse.waiting() -= 1;
-        }
+        self.stop();
     }
 }
 
@@ -265,76 +301,5 @@ impl Drop for CallCount {
     fn drop(&mut self) {
         self.0.calls.fetch_sub(1, Ordering::AcqRel);
         self.0.freed.notify_waiters(); // those that wait may be all that are left
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    impl Purse {
-        fn settle(&self, held: i64, cost: i64) -> i64 {
-            let (charge, held) = self.charge(held, cost);
-            self.release(held, charge);
-            charge
-        }
-    }
-
-    #[test]
-    fn a_hold_takes_all_of_its_amount_or_nothing() {
-        let purse = Purse::new(1);
-        purse.granted(100);
-        assert!(!purse.take(101));
-        assert!(purse.take(100));
-        assert!(!purse.take(1));
-        assert_eq!(purse.room(), 0);
-    }
-
-    #[test]
-    fn money_that_was_taken_for_somebody_who_left_goes_back() {
-        let purse = Arc::new(Purse::new(1));
-        purse.granted(100);
-        drop(Taken::of(&purse, 60).unwrap());
-        assert_eq!((purse.room(), purse.unspent()), (100, 100));
-        assert_eq!(Taken::of(&purse, 60).unwrap().keep(), 60);
-        assert_eq!((purse.room(), purse.unspent()), (40, 100));
-    }
-
-    #[test]
-    fn settling_beyond_the_hold_takes_what_room_gives_and_no_more() {
-        let purse = Purse::new(1);
-        purse.granted(100);
-        assert!(purse.take(60));
-        assert_eq!(purse.settle(60, 500), 100);
-        assert_eq!((purse.room(), purse.unspent()), (0, 0));
-    }
-
-    #[test]
-    fn settling_below_the_hold_makes_room() {
-        let purse = Purse::new(1);
-        purse.granted(100);
-        assert!(purse.take(60));
-        assert_eq!(purse.settle(60, 10), 10);
-        assert_eq!((purse.room(), purse.unspent()), (90, 90));
-    }
-
-    #[test]
-    fn concurrent_holds_never_take_more_than_there_is() {
-        let purse = Purse::new(1);
-        purse.granted(10_000);
-        let taken = AtomicI64::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| {
-                    for amount in 1..2000 {
-                        if purse.take(amount % 37) {
-                            taken.fetch_add(amount % 37, Ordering::Relaxed);
-                        }
-                    }
-                });
-            }
-        });
-        assert!(purse.room() >= 0);
-        assert_eq!(purse.room() + taken.load(Ordering::Relaxed), 10_000);
     }
 }

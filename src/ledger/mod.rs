@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{self, Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -302,6 +302,8 @@ fn now_s() -> u64 {
     now_ms() / 1000
 }
 
+#[cfg(test)]
+mod lease_tests;
 #[cfg(test)]
 mod property;
 #[cfg(test)]

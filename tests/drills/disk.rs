@@ -56,7 +56,7 @@ impl Drop for Disk {
 
 /// Streams whose answers are held whole, and streams that take slices.
 fn stream(address: &str, number: usize) -> Reply {
-    let fields = if number % 2 == 0 { r#""stream":true,"max_tokens":3000"# } else { r#""stream":true"# };
+    let fields = if number.is_multiple_of(2) { r#""stream":true,"max_tokens":3000"# } else { r#""stream":true"# };
     chat(address, fields, "words=3000 each_ms=2")
 }
 

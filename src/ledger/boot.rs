@@ -1,26 +1,29 @@
 //! One life of this node in the books: a boot, what it has leased, its journal, and the clock that it is fenced by.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::oneshot::error::TryRecvError;
+use tokio::sync::{Mutex, Notify, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::journal::{Batch, Journal};
 use super::lease::{BROKE_MS, LeaseState, Purse, Taken};
-use super::{Clocks, StartError, now_ms};
+use super::{Clocks, StartError, now_ms, refused};
 use crate::error::Error;
 use crate::failpoint;
-use crate::store::{BootId, Store, StoreError, random};
+use crate::store::{BootId, LeaseRow, Store, StoreError, Want, random};
 
 /// Finished lines reach the store this often, or sooner when many wait.
 const SHIP_EVERY: Duration = Duration::from_secs(1);
 /// Lines of one transaction.
 pub(super) const SHIP_LINES: usize = 500;
+/// Users of one transaction of grants: as many as keep it well under its time.
+const GRANT_USERS: usize = 200;
 /// A node that is short of money asks others for it so long.
 const RECALL_MAX: Duration = Duration::from_secs(1);
 /// How often it looks whether they have given some back, and after how many looks in vain it gives up early.
@@ -39,11 +42,15 @@ const FENCED: Error = Error::NodeUnavailable { reason: "it cannot reach its book
 pub(super) struct Boot {
     pub id: BootId,
     pub journal: Arc<Journal>,
+    journals: PathBuf,
     store: Store,
     clocks: Clocks,
     /// Numbers of calls.
     pub sequence: AtomicU64,
     purses: RwLock<HashMap<i64, Arc<Purse>>>,
+    /// Grants that are wanted, and who asks for them: one at a time, for all.
+    wanted: std::sync::Mutex<Vec<Wanted>>,
+    granting: Mutex<()>,
     /// Lines that are open.
     pub open: AtomicU64,
     pub ended: Notify,
@@ -79,10 +86,13 @@ impl Boot {
         Ok(Arc::new(Boot {
             id,
             journal,
+            journals: journals.to_owned(),
             store: store.clone(),
             clocks,
             sequence: AtomicU64::new(0),
             purses: RwLock::default(),
+            wanted: std::sync::Mutex::default(),
+            granting: Mutex::default(),
             open: AtomicU64::new(0),
             ended: Notify::new(),
             shipping: Mutex::default(),
@@ -260,12 +270,17 @@ impl Boot {
             }
             let need = amount.saturating_sub(purse.room()).max(1);
             failpoint::at("grant.asked");
-            let granted = self.store.grant(self.id, purse.user_id, need, purse.ahead_nano()).await;
+            let want = Want { user_id: purse.user_id, need_nano: need, ahead_nano: purse.ahead_nano() };
+            let granted = self.grant(want).await;
             failpoint::at("grant.answered");
             let row = match granted {
                 Ok(row) => row,
                 Err(StoreError::BootGone) => {
                     self.gone();
+                    return Err(UNANSWERED);
+                }
+                Err(error @ StoreError::Unreached(_)) => {
+                    tracing::error!(%error, "a grant could not be asked for");
                     return Err(UNANSWERED);
                 }
                 Err(error) => {
@@ -298,6 +313,38 @@ impl Boot {
             purse.broke_until_ms.store(now_ms() + BROKE_MS, Ordering::Relaxed);
             return Ok(None);
         }
+    }
+
+    /// Asks the store for a grant, together with all that are wanted by then: each transaction of a boot waits for the one
+    /// before it, so that of a herd all but the first few share one.
+    async fn grant(&self, want: Want) -> Result<LeaseRow, StoreError> {
+        let (answer, mut answered) = oneshot::channel();
+        self.wanted().push(Wanted { want, answer });
+        let _turn = self.granting.lock().await;
+        loop {
+            match answered.try_recv() {
+                Ok(answer) => return answer, // somebody asked for this one, too
+                Err(TryRecvError::Closed) => return Err(StoreError::Database("whoever asked has left".into())),
+                Err(TryRecvError::Empty) => {}
+            }
+            let asked: Vec<Wanted> = {
+                let mut wanted = self.wanted();
+                let count = wanted.len().min(GRANT_USERS);
+                wanted.drain(..count).collect()
+            };
+            let granted = self.store.grants(self.id, asked.iter().map(|asked| asked.want).collect()).await;
+            for Wanted { want, answer } in asked {
+                let of_user = |rows: &Vec<(i64, LeaseRow)>| {
+                    let found = rows.iter().find(|(user_id, _)| *user_id == want.user_id);
+                    found.map(|(_, row)| *row).ok_or_else(|| StoreError::Absent("user".into()))
+                };
+                let _ = answer.send(granted.as_ref().map_err(Clone::clone).and_then(of_user)); // it may have left
+            }
+        }
+    }
+
+    fn wanted(&self) -> std::sync::MutexGuard<'_, Vec<Wanted>> {
+        self.wanted.lock().expect("no holder of this lock panics")
     }
 
     /// Asks other nodes for a user's free room and waits a little; false when that has lasted long enough.
@@ -397,6 +444,11 @@ impl Boot {
                 lease.unknown = true;
                 self.gone();
             }
+            Err(error @ StoreError::Unreached(_)) => {
+                tracing::warn!(%error, "a return could not be sent");
+                lease.granted_nano += amount;
+                purse.granted(amount);
+            }
             Err(error) => {
                 tracing::warn!(%error, "a return failed; its outcome is unknown until the lease is read again");
                 lease.unknown = true;
@@ -424,6 +476,12 @@ impl Boot {
             failpoint::at("ship.committed");
             match shipped {
                 Ok(()) => self.journal.shipped(from, to),
+                Err(StoreError::Dangling) => {
+                    let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
+                    let good = refused::set_aside(&self.store, &self.journals, self.id, lines).await?;
+                    self.store.ship(self.id, from, to, good).await?;
+                    self.journal.shipped(from, to);
+                }
                 Err(StoreError::Moved) => {
                     let boot = self.store.boot(self.id).await?.ok_or(StoreError::BootGone)?;
                     if boot.shipped > from {
@@ -524,6 +582,13 @@ impl Drop for Entered {
             boot.leave();
         }
     }
+}
+
+/// A grant that waits for its turn.
+#[derive(Debug)]
+struct Wanted {
+    want: Want,
+    answer: oneshot::Sender<Result<LeaseRow, StoreError>>,
 }
 
 /// A recall that is going on.

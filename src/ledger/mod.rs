@@ -10,6 +10,7 @@ mod journal;
 mod lease;
 mod money;
 mod prompt;
+mod refused;
 
 use std::collections::HashMap;
 use std::io;
@@ -96,8 +97,9 @@ impl Ledger {
     pub async fn start(store: Store, journals: &Path, bounds: &config::Ledger) -> Result<Arc<Ledger>, StartError> {
         std::fs::create_dir_all(journals)?;
         for dead in journal::dead_boots(journals)? {
-            settle_dead(&store, dead).await?;
+            settle_dead(&store, journals, dead).await?;
         }
+        refused::tell(journals);
         let clocks = Clocks {
             heartbeat_ms: bounds.heartbeat_ms(),
             silent_ms: bounds.silent_ms(),
@@ -231,7 +233,7 @@ impl Ledger {
 }
 
 /// Stores what a dead boot's journal says, gives its leases back and forgets it.
-async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartError> {
+async fn settle_dead(store: &Store, journals: &Path, dead: journal::Dead) -> Result<(), StartError> {
     let left = dead.read(|open, mark| {
         let (price, ratio) = (open.price, open.line.ratio_micro);
         let charged = mark.map_or(0, |mark| {
@@ -254,7 +256,13 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
     let lines: Vec<Line> = ended.into_iter().chain(left.crashed).collect();
     for batch in lines.chunks(SHIP_LINES) {
         let to = watermark + batch.len() as u64;
-        store.ship(dead.boot, watermark, to, batch.to_vec()).await?;
+        match store.ship(dead.boot, watermark, to, batch.to_vec()).await {
+            Err(StoreError::Dangling) => {
+                let good = refused::set_aside(store, journals, dead.boot, batch.to_vec()).await?;
+                store.ship(dead.boot, watermark, to, good).await?;
+            }
+            shipped => shipped?,
+        }
         watermark = to;
         failpoint::at("replay.shipped");
     }

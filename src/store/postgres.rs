@@ -8,6 +8,7 @@ use bytes::BytesMut;
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{AsyncMessage, Config, Transaction};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -88,8 +89,8 @@ impl Postgres {
     /// A connection for one transaction.
     pub async fn lend(&self) -> Result<Lent, StoreError> {
         self.pool.get().await.map(Lent).map_err(|error| match error {
-            deadpool_postgres::PoolError::Backend(error) => error.into(),
-            error => StoreError::Database(error.to_string()),
+            deadpool_postgres::PoolError::Backend(error) => StoreError::Unreached(told(&error)),
+            error => StoreError::Unreached(error.to_string()),
         })
     }
 
@@ -198,11 +199,18 @@ impl Lent {
 
 impl From<tokio_postgres::Error> for StoreError {
     fn from(error: tokio_postgres::Error) -> StoreError {
-        // Its own text is "db error"; what happened is in its source. Values of rows are in the detail, which stays out.
-        let source = error.as_db_error().map(|error| error.message().to_owned());
-        let source = source.or_else(|| error.source().map(ToString::to_string));
-        StoreError::Database(source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}")))
+        match error.code() {
+            Some(&SqlState::FOREIGN_KEY_VIOLATION) => StoreError::Dangling,
+            _ => StoreError::Database(told(&error)),
+        }
     }
+}
+
+fn told(error: &tokio_postgres::Error) -> String {
+    // Its own text is "db error"; what happened is in its source. Values of rows are in the detail, which stays out.
+    let source = error.as_db_error().map(|error| error.message().to_owned());
+    let source = source.or_else(|| error.source().map(ToString::to_string));
+    source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
 }
 
 /// A transaction of PostgreSQL.
@@ -265,6 +273,13 @@ impl PgTx<'_> {
     }
 }
 
+fn read_rows(rows: &[tokio_postgres::Row]) -> Result<Vec<Row>, StoreError> {
+    let read = |row: &tokio_postgres::Row| {
+        (0..row.len()).map(|index| Ok(row.try_get(index)?)).collect::<Result<Vec<Cell>, StoreError>>().map(Row)
+    };
+    rows.iter().map(read).collect()
+}
+
 impl Tx for PgTx<'_> {
     const FOR_UPDATE: &'static str = " FOR NO KEY UPDATE";
 
@@ -277,11 +292,7 @@ impl Tx for PgTx<'_> {
 
     async fn rows(&self, sql: &str, given: &[Value]) -> Result<Vec<Row>, StoreError> {
         let given: Vec<&(dyn ToSql + Sync)> = given.iter().map(|value| value as _).collect();
-        let rows = self.query(sql, &given).await?;
-        let read = |row: &tokio_postgres::Row| {
-            (0..row.len()).map(|index| Ok(row.try_get(index)?)).collect::<Result<Vec<Cell>, StoreError>>().map(Row)
-        };
-        rows.iter().map(read).collect()
+        read_rows(&self.query(sql, &given).await?)
     }
 
     async fn now_ms(&self) -> Result<i64, StoreError> {
@@ -331,6 +342,46 @@ impl Tx for PgTx<'_> {
         let sql = "SELECT user_id, amount_nano FROM leases WHERE boot = $1 AND user_id = ANY($2)";
         let rows = self.query(sql, &[&&boot[..], &users]).await?;
         rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+    }
+
+    async fn lock_balances(&self, users: Vec<i64>) -> Result<Vec<(i64, i64, i64)>, StoreError> {
+        let sql = "SELECT id, balance_nano, (SELECT count(*) FROM boots WHERE state = 'live')
+                   FROM users WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE";
+        let rows = self.query(sql, &[&users]).await?;
+        rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))).collect()
+    }
+
+    async fn lease_out(&self, boot: BootId, amounts: Vec<(i64, i64)>) -> Result<Vec<Row>, StoreError> {
+        let (users, amounts): (Vec<i64>, Vec<i64>) = amounts.into_iter().unzip();
+        let sql = "WITH granted AS (SELECT * FROM unnest($2::bigint[], $3::bigint[]) AS granted (user_id, amount)),
+                   taken AS (UPDATE users SET balance_nano = balance_nano - amount
+                             FROM granted WHERE users.id = granted.user_id)
+                   INSERT INTO leases (user_id, boot, amount_nano, granted_nano)
+                   SELECT user_id, $1, amount, amount FROM granted
+                   ON CONFLICT (user_id, boot) DO UPDATE SET amount_nano = leases.amount_nano + excluded.amount_nano,
+                   granted_nano = leases.granted_nano + excluded.granted_nano, version = leases.version + 1
+                   RETURNING amount_nano, granted_nano, version, user_id";
+        read_rows(&self.query(sql, &[&&boot[..], &users, &amounts]).await?)
+    }
+
+    async fn forget_leases(&self, boot: BootId, users: Vec<i64>) -> Result<Vec<i64>, StoreError> {
+        let sql = "DELETE FROM leases WHERE boot = $1 AND user_id = ANY($2) AND amount_nano = 0 RETURNING user_id";
+        let rows = self.query(sql, &[&&boot[..], &users]).await?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+    }
+
+    async fn cap_lines(&self, boot: BootId, capped: Vec<(u64, i64, i64)>) -> Result<(), StoreError> {
+        let mut columns = [Vec::new(), Vec::new(), Vec::new()];
+        for (sequence, charged, absorbed) in capped {
+            columns.iter_mut().zip([sequence as i64, charged, absorbed]).for_each(|(column, value)| column.push(value));
+        }
+        let [sequences, charged, absorbed] = columns;
+        let sql = "UPDATE lines SET charged_nano = capped.charged, absorbed_nano = absorbed_nano + capped.absorbed,
+                   flagged = TRUE
+                   FROM unnest($2::bigint[], $3::bigint[], $4::bigint[]) AS capped (sequence, charged, absorbed)
+                   WHERE lines.boot = $1 AND lines.sequence = capped.sequence RETURNING 1";
+        self.query(sql, &[&&boot[..], &sequences, &charged, &absorbed]).await?;
+        Ok(())
     }
 
     async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<(), StoreError> {

@@ -18,13 +18,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::mpsc;
-
 use crate::config::DatabaseUrl;
 use postgres::{Lent, Postgres};
 use sqlite::{Sqlite, at_once};
 
 pub use audit::{Audit, LineCheck, UserSums};
+pub use postgres::Notices;
 pub use rows::{
     AccountRow, Billed, BootId, BootState, Change, Elsewhere, EndReason, GroupRow, KeyRow, LeaseOf, LeaseRow, Line,
     LineFilter, NewAccount, NewGroup, Notice, PriceRow, UserRow, Want,
@@ -106,7 +105,7 @@ impl Store {
     }
 
     /// Tells when another node changed something, or asks for a user's money; `None` where there are no other nodes.
-    pub fn listen(&self) -> Option<mpsc::Receiver<Notice>> {
+    pub fn listen(&self) -> Option<Notices> {
         match &self.database {
             Database::Sqlite(_) => None,
             Database::Postgres(postgres) => Some(postgres.listen()),

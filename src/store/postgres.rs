@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
@@ -30,12 +30,36 @@ const LONG_MAX: Duration = Duration::from_secs(3600);
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// Data that nobody acknowledges for so long ends its connection.
 const UNANSWERED_MAX: Duration = Duration::from_secs(10);
-/// Notices that wait to be read; more of them say nothing new.
-const NOTICES_MAX: usize = 256;
+/// Requests for users' money that wait to be read; a node that misses one is asked again.
+const SHORT_MAX: usize = 256;
 /// A listener whose connection has ended tries again after this.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// And one that hears nothing asks so often whether anybody is there.
 const LISTEN_CHECK: Duration = Duration::from_secs(5);
+
+/// Where notices are put: apart, so that a flood of changes pushes out no request for money.
+struct Told {
+    changes: Arc<Notify>,
+    short: mpsc::Sender<Notice>,
+}
+
+/// What the database tells. Any number of changes that nobody has heard of yet are one notice.
+#[derive(Debug)]
+pub struct Notices {
+    changes: Arc<Notify>,
+    short: mpsc::Receiver<Notice>,
+}
+
+impl Notices {
+    /// The next notice, requests for money first; `None` once nobody listens any more.
+    pub async fn recv(&mut self) -> Option<Notice> {
+        tokio::select! {
+            biased;
+            short = self.short.recv() => short,
+            () = self.changes.notified() => Some(Notice::Changes),
+        }
+    }
+}
 
 /// The pool, and how to connect beside it.
 pub struct Postgres {
@@ -96,11 +120,13 @@ impl Postgres {
 
     /// Tells of new rows in `changes`, and of users whose money another node asks for, for as long as the receiver
     /// lives; connects again by itself.
-    pub fn listen(&self) -> mpsc::Receiver<Notice> {
-        let (told, notices) = mpsc::channel(NOTICES_MAX);
+    pub fn listen(&self) -> Notices {
+        let (short, notices) = mpsc::channel(SHORT_MAX);
+        let told = Told { changes: Arc::default(), short };
+        let notices = Notices { changes: told.changes.clone(), short: notices };
         let (config, tls) = (self.config.clone(), self.tls.clone());
         tokio::spawn(async move {
-            while !told.is_closed() {
+            while !told.short.is_closed() {
                 if let Err(error) = listen_once(&config, &tls, &told).await {
                     tracing::warn!(%error, "not listening to PostgreSQL; changes are seen by asking");
                 }
@@ -119,13 +145,16 @@ fn known_mode(url: &str) -> String {
     }
 }
 
-async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Sender<Notice>) -> Result<(), StoreError> {
+async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &Told) -> Result<(), StoreError> {
     let late = |_| StoreError::Database("no answer in time".into());
     let (client, mut connection) = timeout(TRANSACTION_MAX, config.connect(tls.clone())).await.map_err(late)??;
     let hearing = async {
         while let Some(message) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
             if let AsyncMessage::Notification(notice) = message? {
-                let _ = told.try_send(read_notice(notice.payload())); // a full queue: it is asked again
+                match read_notice(notice.payload()) {
+                    Notice::Changes => told.changes.notify_one(),
+                    short => drop(told.short.try_send(short)), // a full queue: it is asked again
+                }
             }
         }
         Ok(())
@@ -141,7 +170,7 @@ async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Send
     tokio::select! {
         ended = hearing => ended,
         failed = asking => failed,
-        () = told.closed() => Ok(()),
+        () = told.short.closed() => Ok(()),
     }
 }
 

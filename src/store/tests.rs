@@ -172,6 +172,26 @@ async fn lines_that_name_what_is_not_there_are_refused_and_found() {
 }
 
 #[tokio::test]
+async fn a_flood_of_changes_pushes_out_no_request_for_money() {
+    let Some(url) = cluster::database() else { return };
+    let store = Store::open(&DatabaseUrl::Postgres(Secret::new(&url))).await.unwrap();
+    let mut heard = store.listen().unwrap();
+    let ann = store.add_user("ann".into(), "default".into(), 0, None).await.unwrap();
+    // Once it listens, it hears of this user.
+    while !matches!(tokio::time::timeout(std::time::Duration::from_millis(100), heard.recv()).await, Ok(Some(_))) {
+        store.set_frozen("ann".into(), false).await.unwrap();
+    }
+    // A notice each, since the same ones of one transaction are told once.
+    cluster::run(&url, "SELECT pg_notify('gpt_cat', 'changes ' || number) FROM generate_series(1, 3000) AS number");
+    store.ask_back(ann.id, [7; 16]).await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await; // nobody reads meanwhile
+    assert_eq!(heard.recv().await, Some(Notice::Short { user_id: ann.id, asking: [7; 16] }));
+    assert_eq!(heard.recv().await, Some(Notice::Changes));
+    let more = tokio::time::timeout(std::time::Duration::from_millis(200), heard.recv()).await;
+    assert!(more.is_err(), "all of them are one: {more:?}");
+}
+
+#[tokio::test]
 async fn a_return_needs_the_version_that_was_read() {
     for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
         let lease = store.grant(boot, user, 80, 0).await.unwrap();

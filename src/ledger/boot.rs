@@ -131,6 +131,7 @@ impl Boot {
             loop {
                 ticks.tick().await;
                 self.return_room(Purse::is_idle).await;
+                self.forget_empty().await;
                 self.forfeit_dead().await;
             }
         };
@@ -398,8 +399,11 @@ impl Boot {
     async fn know(&self, purse: &Purse, lease: &mut LeaseState) -> Result<(), StoreError> {
         if lease.unknown {
             let row = self.store.lease(self.id, purse.user_id).await?;
-            purse.granted(row.granted_nano - lease.granted_nano);
-            *lease = LeaseState { version: row.version, granted_nano: row.granted_nano, unknown: false };
+            if !(lease.forgotten && row.version == 0) {
+                purse.granted(row.granted_nano - lease.granted_nano);
+            }
+            let (version, granted_nano) = (row.version, row.granted_nano);
+            *lease = LeaseState { version, granted_nano, unknown: false, forgotten: false };
         }
         Ok(())
     }
@@ -409,6 +413,40 @@ impl Boot {
         for purse in self.all_purses().into_iter().filter(|purse| which(purse)) {
             let mut lease = purse.lease.lock().await;
             self.give_back(&purse, &mut lease).await;
+        }
+    }
+
+    /// Forgets purses that are empty and not used, and their rows, so that neither grows with every user that ever came.
+    pub async fn forget_empty(&self) {
+        let empty: Vec<Arc<Purse>> = self.all_purses().into_iter().filter(|purse| purse.is_empty()).collect();
+        for some in empty.chunks(GRANT_USERS) {
+            // Nobody is granted anything meanwhile, which would be to a row that goes.
+            let locked = some.iter().filter_map(|purse| Some((purse, purse.lease.try_lock().ok()?)));
+            let mut locked: Vec<_> = locked.filter(|(_, lease)| !lease.unknown).collect();
+            let users: Vec<i64> = locked.iter().map(|(purse, _)| purse.user_id).collect();
+            if users.is_empty() {
+                continue;
+            }
+            let forgotten = match self.store.forget_leases(self.id, users).await {
+                Ok(forgotten) => forgotten,
+                Err(error) => {
+                    tracing::warn!(%error, "empty leases could not be forgotten");
+                    if !matches!(error, StoreError::Unreached(_)) {
+                        locked.iter_mut().for_each(|(_, lease)| (lease.unknown, lease.forgotten) = (true, true));
+                    }
+                    return;
+                }
+            };
+            let mut purses = self.purses.write().expect("no holder of this lock panics");
+            for (purse, mut lease) in locked {
+                if forgotten.contains(&purse.user_id) {
+                    *lease = LeaseState::default();
+                }
+                // One that has no row has had none, or it has just gone. Whoever has the purse already goes on with it.
+                if lease.version == 0 && Arc::strong_count(purse) == 2 {
+                    purses.remove(&purse.user_id);
+                }
+            }
         }
     }
 

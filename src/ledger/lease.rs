@@ -53,6 +53,8 @@ pub(super) struct LeaseState {
     pub granted_nano: i64,
     /// The outcome of the last commit is unknown: the row has to be read before anything else.
     pub unknown: bool,
+    /// And that commit was to delete the row.
+    pub forgotten: bool,
 }
 
 impl Purse {
@@ -147,6 +149,19 @@ impl Purse {
         self.calls.load(Ordering::Acquire) == 0
             && self.room() > 0
             && now_s().saturating_sub(self.used_s.load(Ordering::Relaxed)) > IDLE_S
+    }
+
+    /// Whether nothing of it is needed, and has not been for a while.
+    pub fn is_empty(&self) -> bool {
+        self.calls.load(Ordering::Acquire) == 0
+            && self.unspent() == 0
+            && now_s().saturating_sub(self.used_s.load(Ordering::Relaxed)) > IDLE_S
+    }
+
+    /// Lets it be long ago that a call used it.
+    #[cfg(test)]
+    pub fn age(&self) {
+        self.used_s.store(0, Ordering::Relaxed);
     }
 
     pub fn note_used(&self) {

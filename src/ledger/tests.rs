@@ -208,6 +208,39 @@ async fn a_line_that_the_database_refuses_is_set_aside_and_stops_no_other() {
 }
 
 #[tokio::test]
+async fn an_empty_purse_is_forgotten_once_its_lines_are_shipped_and_begins_anew() {
+    for fixture in crate::store::tests::each_store().await {
+        let store = fixture.store.clone();
+        let key = Some((hash_key(KEY), "ann".to_owned()));
+        let ann = store.add_user("ann".into(), "default".into(), 100 * TOKEN_NANO, key).await.unwrap().id;
+        let node = Node::quiet(&store).await;
+        let boot = node.boot();
+        for round in 0..3 {
+            node.open(10).await.unwrap().end(answered(1));
+            boot.asked_back(ann, [0; 16]).await; // what is free goes back
+            boot.forget_empty().await;
+            assert!(boot.known_purse(ann).is_some(), "it was used just now");
+            boot.known_purse(ann).unwrap().age();
+            boot.forget_empty().await;
+            assert!(boot.known_purse(ann).is_some(), "its line is still to be charged");
+            boot.ship().await.unwrap();
+            if round == 1 {
+                store.faults.lose_the_next_outcome();
+                boot.forget_empty().await;
+                assert!(boot.known_purse(ann).is_some(), "nobody heard whether its row has gone");
+                continue;
+            }
+            boot.forget_empty().await;
+            assert!(boot.known_purse(ann).is_none());
+            assert_eq!(store.lease(boot.id, ann).await.unwrap().version, 0);
+        }
+        node.boot().retire(Duration::from_secs(1)).await.unwrap();
+        assert_eq!((node.lines().await.len(), node.balance_nano().await), (3, 97 * TOKEN_NANO));
+        node.assert_books().await;
+    }
+}
+
+#[tokio::test]
 async fn a_herd_of_first_grants_takes_a_few_transactions() {
     let Some(url) = database(100 * TOKEN_NANO).await else { return };
     let store = Store::open(&url).await.unwrap();

@@ -40,6 +40,8 @@ pub(super) struct Purse {
     waiting: sync::Mutex<u32>,
     /// Money came back.
     freed: Notify,
+    /// What the balance had left after the last grant.
+    pub balance_nano: AtomicI64,
     spent_in_window: AtomicI64,
     spent_before: AtomicI64,
     window: AtomicU64,
@@ -70,6 +72,7 @@ impl Purse {
             asked: AtomicBool::new(false),
             waiting: sync::Mutex::new(0),
             freed: Notify::new(),
+            balance_nano: AtomicI64::new(0),
             spent_in_window: AtomicI64::new(0),
             spent_before: AtomicI64::new(0),
             window: AtomicU64::new(now_s() / AHEAD_S as u64),
@@ -142,6 +145,14 @@ impl Purse {
     pub fn ahead_nano(&self) -> i64 {
         self.turn_window();
         self.spent_before.load(Ordering::Relaxed).max(self.spent_in_window.load(Ordering::Relaxed))
+    }
+
+    /// What a grant ahead of need would bring, where room is down to half of what the user spends in [`AHEAD_S`]. None
+    /// where the balance is short of it: other nodes and calls may need that.
+    pub fn low_nano(&self) -> Option<i64> {
+        let (ahead, room) = (self.ahead_nano(), self.room());
+        let low = room < ahead / 2 && self.balance_nano.load(Ordering::Relaxed) / 4 > ahead;
+        low.then_some(ahead - room)
     }
 
     /// Whether no call has touched it for a while.

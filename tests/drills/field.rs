@@ -131,11 +131,16 @@ pub struct Reply {
 
 /// Asks once, and reads for as long as something comes.
 pub fn chat(address: &str, fields: &str, prompt: &str) -> Reply {
+    chat_as(KEY, address, fields, prompt)
+}
+
+/// The same with another user's key.
+pub fn chat_as(key: &str, address: &str, fields: &str, prompt: &str) -> Reply {
     let mut text = String::new();
     let body = format!(r#"{{"model":"m",{fields},"messages":[{{"role":"user","content":"{prompt}"}}]}}"#);
     if let Ok(mut socket) = TcpStream::connect(address) {
         let request = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {KEY}\r\n\
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {key}\r\n\
              content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );

@@ -7,6 +7,7 @@ mod cluster;
 #[cfg(debug_assertions)] // a release has no small segments
 mod disk;
 mod field;
+mod statements;
 #[cfg(debug_assertions)] // a release has no failpoints
 mod walk;
 

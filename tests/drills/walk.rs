@@ -111,7 +111,7 @@ fn walk(postgres: bool, chosen: impl Fn(&str, Way) -> bool) {
     let Some(mut field) = Field::new(
         postgres,
         1_000_000_000_000,
-        "fence_s = 5\nforfeit_s = 7\njournal_bytes_max = 67108864\n[server]\ndrain_s = 1",
+        "fence_s = 15\nforfeit_s = 20\njournal_bytes_max = 67108864\n[server]\ndrain_s = 1",
     ) else {
         return;
     };

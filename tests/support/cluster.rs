@@ -20,7 +20,7 @@ if [ -n "$SERVER_CERT" ]; then
     tls="-c ssl=on -c ssl_cert_file=$folder/cert -c ssl_key_file=$folder/key"
 fi
 run() {
-    "$bin/postgres" -D "$folder/data" -k "$folder" -p "$port" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=300 $tls >>"$folder/log" 2>&1 &
+    "$bin/postgres" -D "$folder/data" -k "$folder" -p "$port" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=300 $tls $SETTINGS >>"$folder/log" 2>&1 &
     server=$!
 }
 run
@@ -83,6 +83,11 @@ fn psql(bin: &Path, url: &str, sql: &str) -> String {
 impl Cluster {
     /// Starts a server of its own; `None`, said loudly, where there is none to start. Under `CI` that is a failure.
     pub fn start(certificate: Option<&Certificate>) -> Option<Cluster> {
+        Cluster::start_with(certificate, "")
+    }
+
+    /// The same with further settings, as arguments of the server.
+    pub fn start_with(certificate: Option<&Certificate>, settings: &str) -> Option<Cluster> {
         let Some(bin) = bin() else {
             let elsewhere = std::env::var_os("TEST_DATABASE_URL").is_some();
             assert!(
@@ -107,6 +112,7 @@ impl Cluster {
         if let Some(Certificate { cert, key }) = certificate {
             keeper.env("SERVER_CERT", cert).env("SERVER_KEY", key);
         }
+        keeper.env("SETTINGS", settings);
         keeper.stdin(Stdio::piped()).stdout(Stdio::null()).current_dir("/");
         let mut keeper = keeper.spawn().unwrap();
         let orders = keeper.stdin.take().unwrap();

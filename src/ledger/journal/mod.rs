@@ -374,6 +374,11 @@ impl Journal {
         self.lock().unshipped.is_empty()
     }
 
+    /// Whether so many lines wait that they are shipped before their second is over.
+    pub fn has_many(&self) -> bool {
+        self.lock().unshipped.len() >= SHIP_AT_LINES
+    }
+
     /// Whether new calls can be written down.
     pub fn is_failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)

@@ -31,5 +31,7 @@ pub mod config;
 pub mod error;
 // Logs and request ids.
 pub mod telemetry;
+// Where a drill lets this process die; nothing in a release.
+pub mod failpoint;
 // Lets an operator look and change things.
 pub mod admin;

@@ -1,26 +1,30 @@
 //! One life of this node in the books: a boot, what it has leased, its journal, and the clock that it is fenced by.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::oneshot::error::TryRecvError;
+use tokio::sync::{Mutex, Notify, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::journal::{Batch, Journal};
 use super::lease::{BROKE_MS, LeaseState, Purse, Taken};
 use super::quota::Limited;
-use super::{Clocks, StartError, now_ms};
+use super::{Clocks, StartError, now_ms, refused};
 use crate::error::Error;
-use crate::store::{BootId, Store, StoreError, random};
+use crate::failpoint;
+use crate::store::{BootId, LeaseRow, Store, StoreError, Want, random};
 
 /// Finished lines reach the store this often, or sooner when many wait.
 const SHIP_EVERY: Duration = Duration::from_secs(1);
 /// Lines of one transaction.
 pub(super) const SHIP_LINES: usize = 500;
+/// Users of one transaction of grants: as many as keep it well under its time.
+const GRANT_USERS: usize = 200;
 /// A node that is short of money asks others for it so long.
 const RECALL_MAX: Duration = Duration::from_secs(1);
 /// How often it looks whether they have given some back, and after how many looks in vain it gives up early.
@@ -32,17 +36,22 @@ const RECALL_ASKS_EACH: u32 = 3;
 const YIELD: Duration = Duration::from_millis(200);
 
 const UNANSWERED: Error = Error::NodeUnavailable { reason: "the database does not answer", retry_after_s: 2 };
+const FENCED: Error = Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 };
 
 /// One life of one process, or a part of it: a node that was fenced off begins another.
 #[derive(Debug)]
 pub(super) struct Boot {
     pub id: BootId,
     pub journal: Arc<Journal>,
+    journals: PathBuf,
     store: Store,
     clocks: Clocks,
     /// Numbers of calls.
     pub sequence: AtomicU64,
     purses: RwLock<HashMap<i64, Arc<Purse>>>,
+    /// Grants that are wanted, and who asks for them: one at a time, for all.
+    wanted: std::sync::Mutex<Vec<Wanted>>,
+    granting: Mutex<()>,
     /// Lines that are open.
     pub open: AtomicU64,
     pub ended: Notify,
@@ -68,6 +77,7 @@ impl Boot {
     ) -> Result<Arc<Boot>, StartError> {
         let (id, began_ms) = (random(), now_ms());
         store.begin_boot(id).await?;
+        failpoint::at("boot.registered");
         let journal = match Journal::create(journals, id, journal_bytes_max) {
             Ok(journal) => journal,
             Err(error) => {
@@ -78,10 +88,13 @@ impl Boot {
         Ok(Arc::new(Boot {
             id,
             journal,
+            journals: journals.to_owned(),
             store: store.clone(),
             clocks,
             sequence: AtomicU64::new(0),
             purses: RwLock::default(),
+            wanted: std::sync::Mutex::default(),
+            granting: Mutex::default(),
             open: AtomicU64::new(0),
             ended: Notify::new(),
             shipping: Mutex::default(),
@@ -101,9 +114,13 @@ impl Boot {
             loop {
                 tokio::select! {
                     _ = ticks.tick() => {}
-                    () = self.journal.lines_wait.notified() => {}
+                    () = self.journal.lines_wait.notified() => match self.journal.has_many() {
+                        true => ticks.reset(),
+                        false => continue, // shipped meanwhile
+                    },
                 }
                 self.ship_logged().await;
+                self.grant_ahead().await;
             }
         };
         let living = async {
@@ -121,6 +138,7 @@ impl Boot {
             loop {
                 ticks.tick().await;
                 self.return_room(Purse::is_idle).await;
+                self.forget_empty().await;
                 self.forfeit_dead().await;
             }
         };
@@ -164,6 +182,7 @@ impl Boot {
         while !self.journal.is_shipped() {
             self.ship().await?;
         }
+        failpoint::at("stop.shipped");
         let settled = self.open_lines() == 0 && !self.journal.is_damaged();
         if settled {
             self.store.close_boot(self.id).await?;
@@ -218,14 +237,17 @@ impl Boot {
     /// Holds `amount`, asking the store and other nodes where room is short; `None` when the money is not there.
     pub async fn cover(self: &Arc<Boot>, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
         if self.is_fenced() {
-            return Err(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 });
+            return Err(FENCED);
         }
         if let Some(taken) = Taken::of(purse, amount) {
             return Ok(Some(taken));
         }
         // A task of its own: a client that leaves must not leave a grant unbooked, and what was taken for it goes back.
         let (boot, purse) = (self.clone(), purse.clone());
-        tokio::spawn(async move { boot.refill_and_take(&purse, amount).await }).await.map_err(|_| Error::Internal)?
+        let asking = tokio::spawn(async move { boot.refill_and_take(&purse, amount).await });
+        let taken = asking.await.map_err(|_| Error::Internal)?;
+        // Asking takes time, and a process that is stopped takes any: the lease may have been forfeited meanwhile.
+        if self.is_fenced() { Err(FENCED) } else { taken }
     }
 
     async fn refill_and_take(&self, purse: &Arc<Purse>, amount: i64) -> Result<Option<Taken>, Error> {
@@ -255,10 +277,18 @@ impl Boot {
                 return Ok(None);
             }
             let need = amount.saturating_sub(purse.room()).max(1);
-            let row = match self.store.grant(self.id, purse.user_id, need, purse.ahead_nano()).await {
+            failpoint::at("grant.asked");
+            let want = Want { user_id: purse.user_id, need_nano: need, ahead_nano: purse.ahead_nano() };
+            let granted = self.grant(want).await;
+            failpoint::at("grant.answered");
+            let row = match granted {
                 Ok(row) => row,
                 Err(StoreError::BootGone) => {
                     self.gone();
+                    return Err(UNANSWERED);
+                }
+                Err(error @ StoreError::Unreached(_)) => {
+                    tracing::error!(%error, "a grant could not be asked for");
                     return Err(UNANSWERED);
                 }
                 Err(error) => {
@@ -267,9 +297,7 @@ impl Boot {
                     return Err(UNANSWERED);
                 }
             };
-            let brought = row.granted_nano - lease.granted_nano;
-            purse.granted(brought);
-            (lease.version, lease.granted_nano) = (row.version, row.granted_nano);
+            let brought = book(purse, lease, &row);
             if row.balance_nano > 0 {
                 continue;
             }
@@ -293,6 +321,72 @@ impl Boot {
         }
     }
 
+    /// Asks the store for a grant, together with all that are wanted by then: each transaction of a boot waits for the one
+    /// before it, so that of a herd all but the first few share one.
+    async fn grant(&self, want: Want) -> Result<LeaseRow, StoreError> {
+        let (answer, mut answered) = oneshot::channel();
+        self.wanted().push(Wanted { want, answer });
+        let _turn = self.granting.lock().await;
+        loop {
+            match answered.try_recv() {
+                Ok(answer) => return answer, // somebody asked for this one, too
+                Err(TryRecvError::Closed) => return Err(StoreError::Database("whoever asked has left".into())),
+                Err(TryRecvError::Empty) => {}
+            }
+            let asked: Vec<Wanted> = {
+                let mut wanted = self.wanted();
+                let count = wanted.len().min(GRANT_USERS);
+                wanted.drain(..count).collect()
+            };
+            let granted = self.store.grants(self.id, asked.iter().map(|asked| asked.want).collect()).await;
+            for Wanted { want, answer } in asked {
+                let of_user = |rows: &Vec<(i64, LeaseRow)>| {
+                    let found = rows.iter().find(|(user_id, _)| *user_id == want.user_id);
+                    found.map(|(_, row)| *row).ok_or_else(|| StoreError::Absent("user".into()))
+                };
+                let _ = answer.send(granted.as_ref().map_err(Clone::clone).and_then(of_user)); // it may have left
+            }
+        }
+    }
+
+    /// Grants, in one transaction, to all whose room will not last: a call that finds room asks for nothing.
+    async fn grant_ahead(&self) {
+        let purses: Vec<Arc<Purse>> = self.all_purses().into_iter().filter(|p| p.low_nano().is_some()).collect();
+        for some in purses.chunks(GRANT_USERS) {
+            let locked = some.iter().filter_map(|purse| Some((purse, purse.lease.try_lock().ok()?)));
+            let mut locked: Vec<_> = locked.filter(|(_, lease)| !lease.unknown).collect();
+            let want = |purse: &Arc<Purse>| Want {
+                user_id: purse.user_id,
+                need_nano: 0,
+                ahead_nano: purse.low_nano().unwrap_or(0),
+            };
+            let wants: Vec<Want> = locked.iter().map(|(purse, _)| want(purse)).collect();
+            if wants.is_empty() || self.is_fenced() {
+                return;
+            }
+            match self.store.grants(self.id, wants).await {
+                Ok(rows) => {
+                    let rows: HashMap<i64, LeaseRow> = rows.into_iter().collect();
+                    for (purse, lease) in &mut locked {
+                        if let Some(row) = rows.get(&purse.user_id) {
+                            book(purse, lease, row);
+                        }
+                    }
+                }
+                Err(StoreError::BootGone) => return self.gone(),
+                Err(StoreError::Unreached(_)) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "grants ahead failed; their outcome is unknown until the leases are read again");
+                    return locked.iter_mut().for_each(|(_, lease)| lease.unknown = true);
+                }
+            }
+        }
+    }
+
+    fn wanted(&self) -> std::sync::MutexGuard<'_, Vec<Wanted>> {
+        self.wanted.lock().expect("no holder of this lock panics")
+    }
+
     /// Asks other nodes for a user's free room and waits a little; false when that has lasted long enough.
     async fn recall(
         &self,
@@ -307,7 +401,9 @@ impl Boot {
         }
         // A notice may be lost, or meet a node that is busy with this very user.
         if recall.in_vain.is_multiple_of(RECALL_ASKS_EACH) {
+            failpoint::at("recall.asked");
             self.store.ask_back(purse.user_id, self.id).await.map_err(|_| UNANSWERED)?;
+            failpoint::at("recall.told");
         }
         recall.in_vain = if brought > 0 { 1 } else { recall.in_vain + 1 };
         // Two nodes that ask each other would both keep what they have: the one that is told to yields.
@@ -325,6 +421,7 @@ impl Boot {
             return;
         }
         let Some(purse) = self.known_purse(user_id) else { return };
+        failpoint::at("recall.heard");
         // Whoever is busy with the lease looks at these when it is done, or while it asks others itself.
         purse.asked.store(true, Ordering::Release);
         if asking > self.id {
@@ -341,8 +438,11 @@ impl Boot {
     async fn know(&self, purse: &Purse, lease: &mut LeaseState) -> Result<(), StoreError> {
         if lease.unknown {
             let row = self.store.lease(self.id, purse.user_id).await?;
-            purse.granted(row.granted_nano - lease.granted_nano);
-            *lease = LeaseState { version: row.version, granted_nano: row.granted_nano, unknown: false };
+            if !(lease.forgotten && row.version == 0) {
+                purse.granted(row.granted_nano - lease.granted_nano);
+            }
+            let (version, granted_nano) = (row.version, row.granted_nano);
+            *lease = LeaseState { version, granted_nano, unknown: false, forgotten: false };
         }
         Ok(())
     }
@@ -352,6 +452,40 @@ impl Boot {
         for purse in self.all_purses().into_iter().filter(|purse| which(purse)) {
             let mut lease = purse.lease.lock().await;
             self.give_back(&purse, &mut lease).await;
+        }
+    }
+
+    /// Forgets purses that are empty and not used, and their rows, so that neither grows with every user that ever came.
+    pub async fn forget_empty(&self) {
+        let empty: Vec<Arc<Purse>> = self.all_purses().into_iter().filter(|purse| purse.is_empty()).collect();
+        for some in empty.chunks(GRANT_USERS) {
+            // Nobody is granted anything meanwhile, which would be to a row that goes.
+            let locked = some.iter().filter_map(|purse| Some((purse, purse.lease.try_lock().ok()?)));
+            let mut locked: Vec<_> = locked.filter(|(_, lease)| !lease.unknown).collect();
+            let users: Vec<i64> = locked.iter().map(|(purse, _)| purse.user_id).collect();
+            if users.is_empty() {
+                continue;
+            }
+            let forgotten = match self.store.forget_leases(self.id, users).await {
+                Ok(forgotten) => forgotten,
+                Err(error) => {
+                    tracing::warn!(%error, "empty leases could not be forgotten");
+                    if !matches!(error, StoreError::Unreached(_)) {
+                        locked.iter_mut().for_each(|(_, lease)| (lease.unknown, lease.forgotten) = (true, true));
+                    }
+                    return;
+                }
+            };
+            let mut purses = self.purses.write().expect("no holder of this lock panics");
+            for (purse, mut lease) in locked {
+                if forgotten.contains(&purse.user_id) {
+                    *lease = LeaseState::default();
+                }
+                // One that has no row has had none, or it has just gone. Whoever has the purse already goes on with it.
+                if lease.version == 0 && Arc::strong_count(purse) == 2 {
+                    purses.remove(&purse.user_id);
+                }
+            }
         }
     }
 
@@ -375,7 +509,10 @@ impl Boot {
         }
         // If it is not committed, the next read of the row books the amount as granted again.
         lease.granted_nano -= amount;
-        match self.store.give_back(self.id, purse.user_id, amount, lease.version).await {
+        failpoint::at("return.asked");
+        let returned = self.store.give_back(self.id, purse.user_id, amount, lease.version).await;
+        failpoint::at("return.answered");
+        match returned {
             Ok(row) => {
                 lease.version = row.version;
                 debug_assert_eq!(lease.granted_nano, row.granted_nano);
@@ -383,6 +520,11 @@ impl Boot {
             Err(StoreError::BootGone) => {
                 lease.unknown = true;
                 self.gone();
+            }
+            Err(error @ StoreError::Unreached(_)) => {
+                tracing::warn!(%error, "a return could not be sent");
+                lease.granted_nano += amount;
+                purse.granted(amount);
             }
             Err(error) => {
                 tracing::warn!(%error, "a return failed; its outcome is unknown until the lease is read again");
@@ -397,21 +539,36 @@ impl Boot {
         }
     }
 
-    /// Ships what waits, a batch at a time.
+    /// Ships what waits, a batch at a time; then reads what has been charged against limits.
     pub async fn ship(&self) -> Result<(), StoreError> {
         let _one_at_a_time = self.shipping.lock().await;
+        self.ship_waiting().await?;
+        // Nothing more of this boot gets into the store until this is done.
+        if let Err(error) = self.limited.refresh(&self.store, self.id, self.journal.watermark()).await {
+            tracing::warn!(%error, "what has been charged against limits could not be read");
+        }
+        Ok(())
+    }
+
+    async fn ship_waiting(&self) -> Result<(), StoreError> {
         loop {
             let unreadable = |error: std::io::Error| StoreError::Database(format!("the journal: {error}"));
             let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
             if to == from {
-                // Everything that has ended is in the store, and nothing ends up there until this is done.
-                if let Err(error) = self.limited.refresh(&self.store, self.id, to).await {
-                    tracing::warn!(%error, "what has been charged against limits could not be read");
-                }
                 return Ok(());
             }
-            match self.store.ship(self.id, from, to, lines).await {
+            let is_last = to - from < SHIP_LINES as u64;
+            failpoint::at("ship.read");
+            let shipped = self.store.ship(self.id, from, to, lines).await;
+            failpoint::at("ship.committed");
+            match shipped {
                 Ok(()) => self.journal.shipped(from, to),
+                Err(StoreError::Dangling) => {
+                    let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
+                    let good = refused::set_aside(&self.store, &self.journals, self.id, lines).await?;
+                    self.store.ship(self.id, from, to, good).await?;
+                    self.journal.shipped(from, to);
+                }
                 Err(StoreError::Moved) => {
                     let boot = self.store.boot(self.id).await?.ok_or(StoreError::BootGone)?;
                     if boot.shipped > from {
@@ -420,8 +577,13 @@ impl Boot {
                     } else {
                         self.rewind(boot.shipped).await?;
                     }
+                    continue; // from where the watermark is
                 }
                 Err(error) => return Err(error),
+            }
+            // What has come since waits for its own second: under load some always has.
+            if is_last {
+                return Ok(());
             }
         }
     }
@@ -443,7 +605,10 @@ impl Boot {
     /// Says that the boot lives, which moves its fence.
     async fn beat(&self) {
         let (sent_ms, known) = (now_ms(), self.journal.watermark());
-        match self.store.heartbeat(self.id).await {
+        failpoint::at("heartbeat.asked");
+        let beaten = self.store.heartbeat(self.id).await;
+        failpoint::at("heartbeat.answered");
+        match beaten {
             Ok(shipped) => {
                 let before = self.fence_ms.swap(sent_ms + self.clocks.fence_ms, Ordering::AcqRel);
                 if sent_ms.saturating_sub(before.saturating_sub(self.clocks.fence_ms)) > self.clocks.silent_ms {
@@ -477,7 +642,10 @@ impl Boot {
             Err(error) => return tracing::warn!(%error, "silent boots could not be looked for"),
         };
         for boot in silent {
-            match self.store.release_boot(boot, forfeit_ms).await {
+            failpoint::at("forfeit.found");
+            let released = self.store.release_boot(boot, forfeit_ms).await;
+            failpoint::at("forfeit.released");
+            match released {
                 Ok(nano) => {
                     let boot = crate::store::hex(&boot);
                     tracing::error!(boot, nano, "a silent boot was forfeited: its leases went back");
@@ -487,6 +655,15 @@ impl Boot {
             }
         }
     }
+}
+
+/// Books what a grant brought; how much.
+fn book(purse: &Purse, lease: &mut LeaseState, row: &LeaseRow) -> i64 {
+    let brought = row.granted_nano - lease.granted_nano;
+    purse.granted(brought);
+    purse.balance_nano.store(row.balance_nano, Ordering::Relaxed);
+    (lease.version, lease.granted_nano) = (row.version, row.granted_nano);
+    brought
 }
 
 /// A call that is being opened; counted until [`Entered::keep`] hands the count to its line.
@@ -506,6 +683,13 @@ impl Drop for Entered {
             boot.leave();
         }
     }
+}
+
+/// A grant that waits for its turn.
+#[derive(Debug)]
+struct Wanted {
+    want: Want,
+    answer: oneshot::Sender<Result<LeaseRow, StoreError>>,
 }
 
 /// A recall that is going on.

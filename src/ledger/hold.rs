@@ -1,6 +1,5 @@
 //! One call's money, from its hold to its line.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -95,6 +94,8 @@ struct Inner {
     quota: Quota,
     /// Output tokens that the hold pays for.
     covered: u64,
+    /// Output tokens of the last MARK.
+    marked: u64,
     sliceable: bool,
     /// Tokens of output, over all choices, that the model can bill.
     output_max: u64,
@@ -254,6 +255,7 @@ impl Ledger {
             held: taken.keep(),
             quota,
             covered,
+            marked: 0,
             output_max: model.max_output.max(ask.head.max_tokens.unwrap_or(0)).saturating_mul(n),
             sliceable: !unseen && clamp.is_none(),
             clamp,
@@ -294,13 +296,19 @@ impl OpenLine {
         inner.line.model_upstream = (model_upstream != inner.line.model).then(|| model_upstream.to_owned());
     }
 
-    /// Output tokens that the hold pays for.
+    /// Output tokens that may be handed over: those that the hold pays for, and a slice beyond the last MARK at most, since
+    /// what is beyond it is the operator's should the process die.
     pub fn covered(&self) -> u64 {
-        self.inner().covered
+        let inner = self.inner();
+        inner.covered.min(inner.marked.saturating_add(SLICE_TOKENS))
     }
 
     /// Writes MARK: what a crash has to charge, the tokens handed over so far, before anything beyond them is. False: nothing may be.
     pub fn mark(&mut self, output: u64) -> bool {
+        self.write_mark(output, true)
+    }
+
+    fn write_mark(&mut self, output: u64, needed: bool) -> bool {
         let boot = self.boot.clone();
         let inner = self.inner_mut();
         if inner.line.content_after_ms.is_none() {
@@ -308,45 +316,41 @@ impl OpenLine {
         }
         let mark =
             Mark { input: inner.prompt.best_guess(), output, hold_nano: inner.held, account_id: inner.line.account_id };
-        boot.journal.mark(&mut inner.place, inner.line.sequence, &mark)
+        inner.marked = output;
+        match needed {
+            true => boot.journal.mark(&mut inner.place, inner.line.sequence, &mark),
+            false => boot.journal.mark_if_room(&mut inner.place, inner.line.sequence, &mark),
+        }
     }
 
     /// Takes as many further slices as `output` needs from the room that there is, or asks the store for their money;
-    /// `None` when it is not there.
+    /// none where the hold pays for it already. `None` when the money is not there.
     pub fn slices(&self, output: u64) -> impl Future<Output = Option<Slices>> + Send + 'static {
         let (boot, inner) = (self.boot.clone(), self.inner());
         let (purse, slices, may) = (inner.purse.clone(), inner.slices_missing(output), inner.may_slice());
         let (key, amount) = (inner.key.clone(), inner.slices_nano(slices));
         async move {
+            if slices == 0 {
+                return Some(Slices { slices, taken: Taken::of(&purse, 0)?, quota: Quota::default() });
+            }
             if !may {
                 return None;
             }
-            let mut waiting = Waiting::new(&purse);
-            loop {
-                let mut freed = pin!(purse.freed());
-                freed.as_mut().enable();
-                if let Ok((quota, taken)) = hold(&boot, &purse, &key, amount).await.ok()? {
-                    return Some(Slices { slices, taken, quota });
-                }
-                // Calls of one user do not cut each other short while one of them could finish.
-                if !waiting.others_may_finish() {
-                    return None;
-                }
-                tokio::select! {
-                    () = freed => {}
-                    () = tokio::time::sleep(FREED_LOOK) => {}
-                }
-            }
+            let look = || tokio::time::sleep(FREED_LOOK);
+            let held = || async { hold(&boot, &purse, &key, amount).await.map(Result::ok) };
+            let (quota, taken) = Waiting::new(&purse).cover(held, look).await?;
+            Some(Slices { slices, taken, quota })
         }
     }
 
-    /// Adds slices, and writes MARK; false when it cannot be written.
+    /// Adds slices, and writes MARK; false when it has to be written and cannot be. What the hold paid for before needs
+    /// none: a full disk ends no call whose money is there.
     pub fn add_slices(&mut self, Slices { slices, taken, quota }: Slices, handed_over: u64) -> bool {
         let inner = self.inner_mut();
         inner.held += taken.keep();
         inner.quota.add(quota);
         inner.covered += slices * SLICE_TOKENS;
-        self.mark(handed_over)
+        self.write_mark(handed_over, slices > 0) || slices == 0
     }
 
     /// Tells what a drop has to settle: output tokens handed over so far, and whether that count is exact.

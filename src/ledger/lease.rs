@@ -1,12 +1,15 @@
 //! The money that this node may hold from: one atomic a user, fed by leases from the store.
+//!
+//! Locks and atomics are those of `super`, so that `lease_tests.rs` can put others in their place.
 
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::futures::Notified;
 use tokio::sync::{Mutex, Notify};
 
-use super::now_s;
+use super::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use super::{now_s, sync};
 
 /// A grant ahead covers this much of the user's spending at its present rate.
 const AHEAD_S: i64 = 60;
@@ -34,9 +37,11 @@ pub(super) struct Purse {
     /// Another node asks: what is free goes back as soon as nobody is busy with the lease.
     pub asked: AtomicBool,
     /// Calls that wait for others of this user to give money back.
-    waiting: std::sync::Mutex<u32>,
+    waiting: sync::Mutex<u32>,
     /// Money came back.
     freed: Notify,
+    /// What the balance had left after the last grant.
+    pub balance_nano: AtomicI64,
     spent_in_window: AtomicI64,
     spent_before: AtomicI64,
     window: AtomicU64,
@@ -50,6 +55,8 @@ pub(super) struct LeaseState {
     pub granted_nano: i64,
     /// The outcome of the last commit is unknown: the row has to be read before anything else.
     pub unknown: bool,
+    /// And that commit was to delete the row.
+    pub forgotten: bool,
 }
 
 impl Purse {
@@ -63,8 +70,9 @@ impl Purse {
             broke_until_ms: AtomicU64::new(0),
             yields: AtomicBool::new(false),
             asked: AtomicBool::new(false),
-            waiting: std::sync::Mutex::new(0),
+            waiting: sync::Mutex::new(0),
             freed: Notify::new(),
+            balance_nano: AtomicI64::new(0),
             spent_in_window: AtomicI64::new(0),
             spent_before: AtomicI64::new(0),
             window: AtomicU64::new(now_s() / AHEAD_S as u64),
@@ -111,7 +119,9 @@ impl Purse {
     /// Money that came from the store.
     pub fn granted(&self, amount: i64) {
         self.room.fetch_add(amount, Ordering::AcqRel);
-        self.freed.notify_waiters();
+        if amount > 0 {
+            self.freed.notify_waiters();
+        }
     }
 
     /// Takes all room out, to be given back to the store.
@@ -137,11 +147,32 @@ impl Purse {
         self.spent_before.load(Ordering::Relaxed).max(self.spent_in_window.load(Ordering::Relaxed))
     }
 
+    /// What a grant ahead of need would bring, where room is down to half of what the user spends in [`AHEAD_S`]. None
+    /// where the balance is short of it: other nodes and calls may need that.
+    pub fn low_nano(&self) -> Option<i64> {
+        let (ahead, room) = (self.ahead_nano(), self.room());
+        let low = room < ahead / 2 && self.balance_nano.load(Ordering::Relaxed) / 4 > ahead;
+        low.then_some(ahead - room)
+    }
+
     /// Whether no call has touched it for a while.
     pub fn is_idle(&self) -> bool {
         self.calls.load(Ordering::Acquire) == 0
             && self.room() > 0
             && now_s().saturating_sub(self.used_s.load(Ordering::Relaxed)) > IDLE_S
+    }
+
+    /// Whether nothing of it is needed, and has not been for a while.
+    pub fn is_empty(&self) -> bool {
+        self.calls.load(Ordering::Acquire) == 0
+            && self.unspent() == 0
+            && now_s().saturating_sub(self.used_s.load(Ordering::Relaxed)) > IDLE_S
+    }
+
+    /// Lets it be long ago that a call used it.
+    #[cfg(test)]
+    pub fn age(&self) {
+        self.used_s.store(0, Ordering::Relaxed);
     }
 
     pub fn note_used(&self) {
@@ -208,11 +239,11 @@ pub(super) struct Waiting<'a> {
 
 impl Purse {
     /// Is told of money that comes back from now on.
-    pub fn freed(&self) -> Notified<'_> {
+    fn freed(&self) -> Notified<'_> {
         self.freed.notified()
     }
 
-    fn waiting(&self) -> std::sync::MutexGuard<'_, u32> {
+    fn waiting(&self) -> sync::MutexGuard<'_, u32> {
         self.waiting.lock().expect("no holder of this lock panics")
     }
 }
@@ -222,8 +253,35 @@ impl<'a> Waiting<'a> {
         Waiting { purse, counted: false }
     }
 
+    /// Asks `cover` again each time that money came back, or that `look` says so, until it has some; `None` when it fails,
+    /// or when nobody is left who could give any back.
+    pub async fn cover<T, C, E, L>(&mut self, mut cover: impl FnMut() -> C, look: impl Fn() -> L) -> Option<T>
+    where
+        C: Future<Output = Result<Option<T>, E>>,
+        L: Future<Output = ()>,
+    {
+        loop {
+            let mut freed = pin!(self.purse.freed());
+            freed.as_mut().enable();
+            if let Some(taken) = cover().await.ok()? {
+                return Some(taken);
+            }
+            // Calls of one user do not cut each other short while one of them could finish.
+            let others = self.others_may_finish();
+            tokio::select! {
+                biased;
+                // Also when nobody is left: the last one may have given money back since this one asked.
+                () = freed => {}
+                () = std::future::ready(()), if !others => return None,
+                () = look() => {}
+            }
+            // Who asks does not wait: one that has just got its money must not count, or another is cut for nothing.
+            self.stop();
+        }
+    }
+
     /// Whether another call of this user is not waiting, so that it may finish; if not, this one stops to wait.
-    pub fn others_may_finish(&mut self) -> bool {
+    fn others_may_finish(&mut self) -> bool {
         let mut waiting = self.purse.waiting();
         if !std::mem::replace(&mut self.counted, true) {
             *waiting += 1;
@@ -235,13 +293,17 @@ impl<'a> Waiting<'a> {
         self.counted = false;
         false
     }
+
+    fn stop(&mut self) {
+        if std::mem::take(&mut self.counted) {
+            *self.purse.waiting() -= 1;
+        }
+    }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        if self.counted {
-            *self.purse.waiting() -= 1;
-        }
+        self.stop();
     }
 }
 
@@ -265,76 +327,5 @@ impl Drop for CallCount {
     fn drop(&mut self) {
         self.0.calls.fetch_sub(1, Ordering::AcqRel);
         self.0.freed.notify_waiters(); // those that wait may be all that are left
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    impl Purse {
-        fn settle(&self, held: i64, cost: i64) -> i64 {
-            let (charge, held) = self.charge(held, cost);
-            self.release(held, charge);
-            charge
-        }
-    }
-
-    #[test]
-    fn a_hold_takes_all_of_its_amount_or_nothing() {
-        let purse = Purse::new(1);
-        purse.granted(100);
-        assert!(!purse.take(101));
-        assert!(purse.take(100));
-        assert!(!purse.take(1));
-        assert_eq!(purse.room(), 0);
-    }
-
-    #[test]
-    fn money_that_was_taken_for_somebody_who_left_goes_back() {
-        let purse = Arc::new(Purse::new(1));
-        purse.granted(100);
-        drop(Taken::of(&purse, 60).unwrap());
-        assert_eq!((purse.room(), purse.unspent()), (100, 100));
-        assert_eq!(Taken::of(&purse, 60).unwrap().keep(), 60);
-        assert_eq!((purse.room(), purse.unspent()), (40, 100));
-    }
-
-    #[test]
-    fn settling_beyond_the_hold_takes_what_room_gives_and_no_more() {
-        let purse = Purse::new(1);
-        purse.granted(100);
-        assert!(purse.take(60));
-        assert_eq!(purse.settle(60, 500), 100);
-        assert_eq!((purse.room(), purse.unspent()), (0, 0));
-    }
-
-    #[test]
-    fn settling_below_the_hold_makes_room() {
-        let purse = Purse::new(1);
-        purse.granted(100);
-        assert!(purse.take(60));
-        assert_eq!(purse.settle(60, 10), 10);
-        assert_eq!((purse.room(), purse.unspent()), (90, 90));
-    }
-
-    #[test]
-    fn concurrent_holds_never_take_more_than_there_is() {
-        let purse = Purse::new(1);
-        purse.granted(10_000);
-        let taken = AtomicI64::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| {
-                    for amount in 1..2000 {
-                        if purse.take(amount % 37) {
-                            taken.fetch_add(amount % 37, Ordering::Relaxed);
-                        }
-                    }
-                });
-            }
-        });
-        assert!(purse.room() >= 0);
-        assert_eq!(purse.room() + taken.load(Ordering::Relaxed), 10_000);
     }
 }

@@ -11,12 +11,13 @@ mod lease;
 mod money;
 mod prompt;
 mod quota;
+mod refused;
 
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{self, Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -27,6 +28,7 @@ pub use hold::{Ask, Ended, OpenLine, SLICE_TOKENS, Slices};
 pub use money::{RATIO_ONE, Tokens, cost_nano};
 
 use crate::config::{self, LowBalance, Price};
+use crate::failpoint;
 use crate::store::{Billed, BootId, Line, LineCheck, LineCost, Store, StoreError, day_of};
 
 /// A node that was fenced off tries this often to begin again.
@@ -101,8 +103,9 @@ impl Ledger {
     pub async fn start(store: Store, journals: &Path, bounds: &config::Ledger) -> Result<Arc<Ledger>, StartError> {
         std::fs::create_dir_all(journals)?;
         for dead in journal::dead_boots(journals)? {
-            settle_dead(&store, dead).await?;
+            settle_dead(&store, journals, dead).await?;
         }
+        refused::tell(journals);
         let clocks = Clocks {
             heartbeat_ms: bounds.heartbeat_ms(),
             silent_ms: bounds.silent_ms(),
@@ -236,7 +239,7 @@ impl Ledger {
 }
 
 /// Stores what a dead boot's journal says, gives its leases back and forgets it.
-async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartError> {
+async fn settle_dead(store: &Store, journals: &Path, dead: journal::Dead) -> Result<(), StartError> {
     let prices = store.prices().await?;
     let left = dead.read(|open, mark| {
         // A line whose price is lost is charged nothing; the database refuses it, too.
@@ -252,6 +255,7 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
         tracing::error!(folder = %dead.folder.display(), "journal of a boot that the database does not know: left alone");
         return Ok(());
     };
+    failpoint::at("replay.read");
     let mut watermark = boot.shipped;
     let ended: Vec<Line> =
         left.ended.into_iter().filter(|(ordinal, _)| *ordinal > boot.shipped).map(|(_, line)| line).collect();
@@ -259,10 +263,18 @@ async fn settle_dead(store: &Store, dead: journal::Dead) -> Result<(), StartErro
     let lines: Vec<Line> = ended.into_iter().chain(left.crashed).collect();
     for batch in lines.chunks(SHIP_LINES) {
         let to = watermark + batch.len() as u64;
-        store.ship(dead.boot, watermark, to, batch.to_vec()).await?;
+        match store.ship(dead.boot, watermark, to, batch.to_vec()).await {
+            Err(StoreError::Dangling) => {
+                let good = refused::set_aside(store, journals, dead.boot, batch.to_vec()).await?;
+                store.ship(dead.boot, watermark, to, good).await?;
+            }
+            shipped => shipped?,
+        }
         watermark = to;
+        failpoint::at("replay.shipped");
     }
     store.close_boot(dead.boot).await?;
+    failpoint::at("replay.closed");
     if ended_count + crashed_count > 0 {
         tracing::warn!(ended = ended_count, crashed = crashed_count, "settled what an earlier process left behind");
     }
@@ -343,6 +355,8 @@ fn now_s() -> u64 {
     now_ms() / 1000
 }
 
+#[cfg(test)]
+mod lease_tests;
 #[cfg(test)]
 mod property;
 #[cfg(test)]

@@ -18,6 +18,7 @@ enum Step {
     Leave { call: usize, tokens: u64 },
     Ship { node: usize },
     GiveBack { node: usize },
+    Forget { node: usize },
     Crash { node: usize },
     Release { node: usize },
     Credit { tokens: i64 },
@@ -35,6 +36,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (call, tokens).prop_map(|(call, tokens)| Step::Leave { call, tokens }),
         3 => node.clone().prop_map(|node| Step::Ship { node }),
         2 => node.clone().prop_map(|node| Step::GiveBack { node }),
+        2 => node.clone().prop_map(|node| Step::Forget { node }),
         1 => node.clone().prop_map(|node| Step::Crash { node }),
         1 => node.prop_map(|node| Step::Release { node }),
         1 => (1..500i64).prop_map(|tokens| Step::Credit { tokens }),
@@ -94,6 +96,11 @@ async fn history(steps: Vec<Step>) {
             }
             Step::Ship { node } => drop(nodes[node].boot().ship().await),
             Step::GiveBack { node } => nodes[node].boot().asked_back(1, [0; 16]).await,
+            Step::Forget { node } => {
+                let boot = nodes[node].boot();
+                boot.known_purse(1).into_iter().for_each(|purse| purse.age());
+                boot.forget_empty().await;
+            }
             Step::Crash { node } => {
                 for at in (0..open.len()).rev().filter(|at| open[*at].0 == node).collect::<Vec<_>>() {
                     let (_, id, line) = open.swap_remove(at);

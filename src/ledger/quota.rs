@@ -8,7 +8,7 @@ use crate::store::{BootId, Owner, Store, StoreError, now_ms};
 use crate::users::{Key, Period, Spending};
 
 /// A hold against the limits of a key and of its user, where they have any; dropped, it is given up.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 #[must_use]
 pub(super) struct Quota {
     /// Only those that are limited.

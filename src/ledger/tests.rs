@@ -172,6 +172,122 @@ async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
 }
 
 #[tokio::test]
+async fn a_line_that_the_database_refuses_is_set_aside_and_stops_no_other() {
+    let Some(url) = database(1000 * TOKEN_NANO).await else { return };
+    let DatabaseUrl::Postgres(text) = &url else { unreachable!() };
+    let store = Store::open(&url).await.unwrap();
+    let mut node = Node::quiet(&store).await;
+    // The price that the first two were opened with goes, as with a database that is set back.
+    let (lost, left) = (node.open_as("lost", 10).await.unwrap(), node.open_as("left", 10).await.unwrap());
+    cluster::run(text.expose(), "DELETE FROM prices");
+    cluster::run(text.expose(), "ALTER TABLE prices ALTER COLUMN version RESTART WITH 1000");
+    let good = node.open_as("good", 10).await.unwrap();
+    lost.end(answered(1));
+    good.end(answered(2));
+    node.boot().ship().await.unwrap();
+    assert!(node.boot().journal.is_shipped());
+    let shipped = |lines: Vec<Line>| lines.into_iter().map(|line| line.request_id).collect::<Vec<_>>();
+    assert_eq!(shipped(node.lines().await), ["good"]);
+    // The same at a start that settles a call which was open.
+    std::mem::forget(left);
+    node.open_as("late", 10).await.unwrap().end(answered(3));
+    node.crash_and_start().await;
+    let mut lines = shipped(node.lines().await);
+    lines.sort();
+    assert_eq!(lines, ["good", "late"]);
+    let mut aside: Vec<Line> = std::fs::read_dir(node.folder.path().join("refused"))
+        .unwrap()
+        .map(|file| serde_json::from_slice(&std::fs::read(file.unwrap().path()).unwrap()).unwrap())
+        .collect();
+    aside.sort_by_key(|line| line.sequence);
+    assert_eq!((aside[0].output, aside[0].charged_nano), (1, TOKEN_NANO));
+    assert_eq!(shipped(aside), ["lost", "left"]);
+    node.boot().retire(Duration::from_secs(1)).await.unwrap();
+    assert_eq!(node.balance_nano().await, (1000 - 2 - 3) * TOKEN_NANO, "what was set aside is charged to nobody");
+    node.assert_books().await;
+}
+
+#[tokio::test]
+async fn an_empty_purse_is_forgotten_once_its_lines_are_shipped_and_begins_anew() {
+    for fixture in crate::store::tests::each_store().await {
+        let store = fixture.store.clone();
+        let key = Some((hash_key(KEY), "ann".to_owned()));
+        let ann = store.add_user("ann".into(), "default".into(), 100 * TOKEN_NANO, key).await.unwrap().id;
+        let node = Node::quiet(&store).await;
+        let boot = node.boot();
+        for round in 0..3 {
+            node.open(10).await.unwrap().end(answered(1));
+            boot.asked_back(ann, [0; 16]).await; // what is free goes back
+            boot.forget_empty().await;
+            assert!(boot.known_purse(ann).is_some(), "it was used just now");
+            boot.known_purse(ann).unwrap().age();
+            boot.forget_empty().await;
+            assert!(boot.known_purse(ann).is_some(), "its line is still to be charged");
+            boot.ship().await.unwrap();
+            if round == 1 {
+                store.faults.lose_the_next_outcome();
+                boot.forget_empty().await;
+                assert!(boot.known_purse(ann).is_some(), "nobody heard whether its row has gone");
+                continue;
+            }
+            boot.forget_empty().await;
+            assert!(boot.known_purse(ann).is_none());
+            assert_eq!(store.lease(boot.id, ann).await.unwrap().version, 0);
+        }
+        node.boot().retire(Duration::from_secs(1)).await.unwrap();
+        assert_eq!((node.lines().await.len(), node.balance_nano().await), (3, 97 * TOKEN_NANO));
+        node.assert_books().await;
+    }
+}
+
+#[tokio::test]
+async fn a_herd_of_first_grants_takes_a_few_transactions() {
+    let Some(url) = database(100 * TOKEN_NANO).await else { return };
+    let store = Store::open(&url).await.unwrap();
+    let mut users = Vec::new();
+    for number in 0..300 {
+        let user = store.add_user(format!("user{number}"), "default".into(), 100 * TOKEN_NANO, None).await.unwrap();
+        users.push(user.id);
+    }
+    let node = Node::quiet(&store).await;
+    let boot = node.boot();
+    let before = store.faults.tried.load(Ordering::Relaxed);
+    let begun = Instant::now();
+    let grants: Vec<_> = users
+        .into_iter()
+        .map(|user| {
+            let boot = boot.clone();
+            tokio::spawn(async move { boot.cover(&boot.purse(user), 50 * TOKEN_NANO).await.unwrap().unwrap().keep() })
+        })
+        .collect();
+    for grant in grants {
+        assert_eq!(grant.await.unwrap(), 50 * TOKEN_NANO);
+    }
+    let transactions = store.faults.tried.load(Ordering::Relaxed) - before;
+    eprintln!("300 first grants: {transactions} transactions, {:?}", begun.elapsed());
+    assert!(transactions <= 10, "{transactions}");
+    node.assert_books().await;
+}
+
+#[tokio::test]
+async fn a_grant_that_could_not_be_asked_for_leaves_no_doubt() {
+    let Some(url) = database(100 * TOKEN_NANO).await else { return };
+    let store = Store::open(&url).await.unwrap();
+    let node = Node::quiet(&store).await;
+    let (boot, purse) = (node.boot(), node.boot().purse(1));
+    store.faults.lose_the_connection();
+    assert!(matches!(boot.cover(&purse, 50 * TOKEN_NANO).await, Err(Error::NodeUnavailable { .. })));
+    assert!(!purse.lease.lock().await.unknown, "nothing was sent");
+    drop(boot.cover(&purse, 50 * TOKEN_NANO).await.unwrap().unwrap());
+    store.faults.lose_the_connection();
+    boot.asked_back(1, [0; 16]).await;
+    assert_eq!((purse.room(), purse.lease.lock().await.unknown), (50 * TOKEN_NANO, false), "it did not go back");
+    store.faults.lose_the_next();
+    assert!(boot.cover(&purse, 60 * TOKEN_NANO).await.is_err());
+    assert!(purse.lease.lock().await.unknown, "this one may have been committed");
+}
+
+#[tokio::test]
 async fn money_that_another_node_has_free_is_called_back() {
     let Some(url) = database(100 * TOKEN_NANO).await else { return };
     let (one, other) = (Node::start(&url, 600, 900).await, Node::start(&url, 600, 900).await);

@@ -20,7 +20,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, watch};
 
 use crate::catalog::Catalog;
 use crate::config::{self, Config};
@@ -28,7 +28,7 @@ use crate::error::Error;
 use crate::ledger::{self, Ledger};
 use crate::meter::Vocabulary;
 use crate::pool::Pool;
-use crate::store::{BootId, Change, MasterKey, Notice, Store, StoreError, random};
+use crate::store::{BootId, Change, MasterKey, Notice, Notices, Store, StoreError, random};
 use crate::telemetry::RequestIds;
 use crate::upstream::{self, Client, Upstream};
 use crate::users::Users;
@@ -263,7 +263,7 @@ async fn apply_changes(gateway: &Gateway, store: &Store, master: &MasterKey, seq
 }
 
 /// What the database tells; never ready where it does not.
-async fn hear(told: &mut Option<mpsc::Receiver<Notice>>) -> Notice {
+async fn hear(told: &mut Option<Notices>) -> Notice {
     match told {
         Some(notices) => match notices.recv().await {
             Some(notice) => notice,

@@ -74,6 +74,8 @@ pub struct Relay {
     /// A span of the chunk at hand that grows as long as untouched frames follow each other.
     span: Option<Range<usize>>,
     content: bool,
+    /// Something was handed over that the server may not have written yet.
+    unwritten: bool,
     /// Output tokens handed over, as of the last exact count.
     output: u64,
     begun: Instant,
@@ -89,6 +91,8 @@ enum Phase {
     Streaming(Box<Frames>, OpenLine),
     /// A frame waits for the money of its tokens.
     Asking(Box<Frames>, OpenLine, Asking, Frame),
+    /// A frame that ends the answer waits until what came before it is written: its MARK charges that.
+    Pausing(Box<Frames>, OpenLine, Frame),
     /// A long prompt is counted before the last bytes go out.
     Preparing(Box<Frames>, Preparing, EndReason),
     /// What is in `out` goes out, then the body ends well.
@@ -120,6 +124,7 @@ impl Relay {
             out: VecDeque::new(),
             span: None,
             content: false,
+            unwritten: false,
             output: 0,
             begun: terms.begun,
             last_chunk: now,
@@ -181,6 +186,14 @@ impl Relay {
                     }
                     Poll::Ready(slices) => self.take_after_asking(cx, frames, line, frame, slices),
                 },
+                Phase::Pausing(frames, line, frame) => {
+                    if self.unwritten {
+                        self.phase = Phase::Pausing(frames, line, frame);
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    self.release(cx, frames, line, frame);
+                }
                 Phase::Preparing(frames, mut preparing, reason) => match preparing.as_mut().poll(cx) {
                     Poll::Pending => {
                         self.phase = Phase::Preparing(frames, preparing, reason);
@@ -261,6 +274,11 @@ impl Relay {
         if frame.failed {
             let error = frames.take_failure().unwrap_or(BROKEN_OFF);
             return self.broken(frames, line, &error);
+        }
+        if frame.finish && self.content && (self.unwritten || self.span.is_some() || !self.out.is_empty()) {
+            self.flush_span(&frames);
+            self.phase = Phase::Pausing(frames, line, frame);
+            return;
         }
         if frame.finish || (frame.content && !self.content) {
             let output = frames.output();
@@ -479,9 +497,13 @@ impl Body for Relay {
                 if bytes.is_empty() {
                     continue;
                 }
+                self.unwritten = true;
                 return Poll::Ready(Some(Ok(BodyFrame::data(bytes))));
             }
-            ready!(self.advance(cx));
+            if self.advance(cx).is_pending() {
+                self.unwritten = false; // the server writes what it has before it asks again
+                return Poll::Pending;
+            }
             if self.out.is_empty() {
                 return match self.phase {
                     Phase::Breaking { .. } => {
@@ -503,7 +525,7 @@ impl Drop for Relay {
     fn drop(&mut self) {
         // The client left. What was handed to its connection is billed; a frame that waits for money was not.
         match std::mem::replace(&mut self.phase, Phase::Over) {
-            Phase::Streaming(mut frames, mut line) if self.content => {
+            Phase::Streaming(mut frames, mut line) | Phase::Pausing(mut frames, mut line, _) if self.content => {
                 line.handed_over(frames.output(), frames.is_estimated());
                 // Where the upstream bills the whole answer anyway, what it bills beyond the charge becomes known.
                 if frames.is_drained()

@@ -1,10 +1,11 @@
 //! Boots, leases and prices: the transactions that move money (design.md §4b).
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 
 use super::days;
 use super::tx::{Row, Tx, given};
-use super::{BootId, BootState, Elsewhere, LeaseOf, LeaseRow, Line, StoreError, now_ms};
+use super::{BootId, BootState, Elsewhere, LeaseOf, LeaseRow, Line, StoreError, Want, now_ms};
 use crate::config::{Price, Rates};
 
 pub async fn begin_boot<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
@@ -59,34 +60,30 @@ pub async fn close_boot<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
     Ok(())
 }
 
-pub async fn grant<T: Tx>(
-    tx: &T,
-    boot: BootId,
-    user_id: i64,
-    need_nano: i64,
-    ahead_nano: i64,
-) -> Result<LeaseRow, StoreError> {
+pub async fn grants<T: Tx>(tx: &T, boot: BootId, wants: Vec<Want>) -> Result<Vec<(i64, LeaseRow)>, StoreError> {
     lock_live(tx, boot).await?;
-    let sql = format!(
-        "SELECT balance_nano, (SELECT count(*) FROM boots WHERE state = 'live') FROM users WHERE id = $1{}",
-        T::FOR_UPDATE
-    );
-    let user = tx.row(&sql, given![user_id]).await?.ok_or_else(|| StoreError::Absent("user".into()))?;
-    let (balance, live): (i64, i64) = (user.get(0)?, user.get(1)?);
-    let ahead = ahead_nano.clamp(0, balance / (2 * live.max(1)));
-    let granted = balance.min(need_nano.max(0).saturating_add(ahead));
-    tx.execute("UPDATE users SET balance_nano = balance_nano - $2 WHERE id = $1", given![user_id, granted]).await?;
-    let lease = tx
-        .row(
-            "INSERT INTO leases (user_id, boot, amount_nano, granted_nano) VALUES ($1, $2, $3, $4)
-             ON CONFLICT (user_id, boot) DO UPDATE SET amount_nano = leases.amount_nano + excluded.amount_nano,
-             granted_nano = leases.granted_nano + excluded.granted_nano, version = leases.version + 1
-             RETURNING amount_nano, granted_nano, version",
-            given![user_id, boot, granted, granted],
-        )
-        .await?
-        .ok_or(StoreError::Moved)?;
-    lease_of(&lease, balance - granted)
+    // In the order of users, as everybody locks them.
+    let mut balances: HashMap<i64, i64> = HashMap::new();
+    let mut users: Vec<i64> = wants.iter().map(|want| want.user_id).collect();
+    users.sort_unstable();
+    let mut live_boots = 1;
+    for (user_id, balance, live) in tx.lock_balances(users).await? {
+        balances.insert(user_id, balance);
+        live_boots = live.max(1);
+    }
+    let granted = |want: &Want| {
+        let balance = *balances.get(&want.user_id)?;
+        let ahead = want.ahead_nano.clamp(0, balance / (2 * live_boots));
+        Some((want.user_id, balance.min(want.need_nano.max(0).saturating_add(ahead))))
+    };
+    let granted: HashMap<i64, i64> = wants.iter().filter_map(granted).collect();
+    let rows = tx.lease_out(boot, granted.iter().map(|(user, amount)| (*user, *amount)).collect()).await?;
+    let with_balance = |row: Row| {
+        let user_id: i64 = row.get(3)?;
+        let left = |of: &HashMap<i64, i64>| of.get(&user_id).copied().unwrap_or(0);
+        Ok((user_id, lease_of(&row, left(&balances) - left(&granted))?))
+    };
+    rows.into_iter().map(with_balance).collect()
 }
 
 pub async fn give_back<T: Tx>(
@@ -204,25 +201,54 @@ async fn charge<T: Tx>(tx: &T, boot: BootId, lines: &mut [Line]) -> Result<(), S
     // is charged, and the rest is the operator's.
     let leased: HashMap<i64, i64> = tx.lease_amounts(boot, users).await?.into_iter().collect();
     let mut charges: HashMap<i64, i64> = HashMap::new();
+    let mut capped = Vec::new();
     for line in lines.iter_mut().filter(|line| line.charged_nano > 0) {
         let charge = charges.entry(line.user_id).or_default();
         let left = leased.get(&line.user_id).copied().unwrap_or(0) - *charge;
         let charged = line.charged_nano.min(left);
         *charge += charged;
         if charged < line.charged_nano {
-            tx.execute(
-                "UPDATE lines SET charged_nano = $3, absorbed_nano = absorbed_nano + $4, flagged = TRUE
-                 WHERE boot = $1 AND sequence = $2",
-                given![boot, line.sequence, charged, line.charged_nano - charged],
-            )
-            .await?;
+            capped.push((line.sequence, charged, line.charged_nano - charged));
             line.absorbed_nano += line.charged_nano - charged;
             line.charged_nano = charged;
         }
     }
+    if !capped.is_empty() {
+        tx.cap_lines(boot, capped).await?;
+    }
     let mut charges: Vec<(i64, i64)> = charges.into_iter().filter(|(_, charge)| *charge > 0).collect();
     charges.sort_unstable();
     tx.charge_leases(boot, charges).await
+}
+
+pub async fn dangling<T: Tx>(tx: &T, lines: Vec<Line>) -> Result<Vec<u64>, StoreError> {
+    type Named = fn(&Line) -> i64;
+    const LOOKS: [(&str, Named); 3] = [
+        ("SELECT 1 FROM users WHERE id = $1", |line| line.user_id),
+        ("SELECT 1 FROM keys WHERE id = $1", |line| line.key_id),
+        ("SELECT 1 FROM prices WHERE version = $1", |line| line.price_version),
+    ];
+    let mut found: Vec<u64> = Vec::new();
+    for (sql, named) in LOOKS {
+        let mut there: HashMap<i64, bool> = HashMap::new();
+        for line in &lines {
+            let id = named(line);
+            if let Entry::Vacant(unseen) = there.entry(id) {
+                unseen.insert(tx.row(sql, given![id]).await?.is_some());
+            }
+            if !there[&id] {
+                found.push(line.sequence);
+            }
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+pub async fn forget_leases<T: Tx>(tx: &T, boot: BootId, users: Vec<i64>) -> Result<Vec<i64>, StoreError> {
+    lock_live(tx, boot).await?;
+    tx.forget_leases(boot, users).await
 }
 
 pub async fn price_version<T: Tx>(tx: &T, model: String, price: Price) -> Result<i64, StoreError> {

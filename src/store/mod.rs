@@ -20,22 +20,21 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::mpsc;
-
 use crate::config::{DatabaseUrl, Price};
 use postgres::{Lent, Postgres};
 use sqlite::{Sqlite, at_once};
 
 pub use audit::{Audit, LineCheck, LineCost, Recomputed, UserSums};
 pub use days::{date_of, day_of, day_of_date, month_of};
+pub use postgres::Notices;
 pub use rows::{
     AccountRow, Billed, BootId, BootState, Change, CodeRow, DayFilter, DayRow, Elsewhere, EndReason, GroupRow, KeyRow,
-    LeaseOf, LeaseRow, Line, LineFilter, NewAccount, NewGroup, NewLimits, Notice, Owner, Spent, UserRow,
+    LeaseOf, LeaseRow, Line, LineFilter, NewAccount, NewGroup, NewLimits, Notice, Owner, Spent, UserRow, Want,
 };
 pub use seal::{MasterKey, SealError, hex, random, unhex};
 
 /// Why the store did not do what was asked.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum StoreError {
     /// The database was migrated by a newer binary.
     SchemaNewer { found: i64 },
@@ -49,6 +48,10 @@ pub enum StoreError {
     Moved,
     /// The database cannot be opened: which, and why.
     Open(String, String),
+    /// A row that a new one refers to is not there.
+    Dangling,
+    /// There was no connection to be had: nothing was sent.
+    Unreached(String),
     /// The database failed; whether a commit happened is unknown.
     Database(String),
 }
@@ -64,7 +67,8 @@ impl fmt::Display for StoreError {
             StoreError::BootGone => f.write_str("this process's boot is no longer live in the database"),
             StoreError::Moved => f.write_str("the row has moved on since it was read"),
             StoreError::Open(which, why) => write!(f, "cannot open the database {which}: {why}"),
-            StoreError::Database(why) => write!(f, "database: {why}"),
+            StoreError::Dangling => f.write_str("a row that it refers to is not there"),
+            StoreError::Unreached(why) | StoreError::Database(why) => write!(f, "database: {why}"),
         }
     }
 }
@@ -104,7 +108,7 @@ impl Store {
     }
 
     /// Tells when another node changed something, or asks for a user's money; `None` where there are no other nodes.
-    pub fn listen(&self) -> Option<mpsc::Receiver<Notice>> {
+    pub fn listen(&self) -> Option<Notices> {
         match &self.database {
             Database::Sqlite(_) => None,
             Database::Postgres(postgres) => Some(postgres.listen()),
@@ -157,9 +161,10 @@ transactions! {
     read books::boot(boot: BootId) -> Option<BootState>;
     /// Gives all of a boot's leases back to their users and closes it.
     write books::close_boot(boot: BootId) -> ();
-    /// Moves money from a user's balance into a boot's lease: `need_nano` or what there is, possibly nothing, and beyond
-    /// it at most `ahead_nano`, of which a boot takes no more than its half of an even share of the balance.
-    write books::grant(boot: BootId, user_id: i64, need_nano: i64, ahead_nano: i64) -> LeaseRow;
+    /// Moves money from users' balances into a boot's leases: of each `need_nano` or what there is, possibly nothing, and
+    /// beyond it at most `ahead_nano`, of which a boot takes no more than its half of an even share of the balance. A user
+    /// that is not there gets no answer.
+    write books::grants(boot: BootId, wants: Vec<Want>) -> Vec<(i64, LeaseRow)>;
     /// Moves money back; `Moved` when the lease is not at `version`.
     write books::give_back(boot: BootId, user_id: i64, amount_nano: i64, version: i64) -> LeaseRow;
     /// Reads a lease again, after a commit whose outcome is unknown.
@@ -177,6 +182,10 @@ transactions! {
     /// Stores lines and takes their charges out of the boot's leases, if the watermark still is `from`; it becomes `to`.
     /// What a lease does not have is absorbed.
     write books::ship(boot: BootId, from: u64, to: u64, lines: Vec<Line>) -> ();
+    /// Which of these lines name a user, a key or a price that is not there, by their sequence.
+    read books::dangling(lines: Vec<Line>) -> Vec<u64>;
+    /// Deletes leases of a boot that have nothing, neither money nor charges to come; whose they were.
+    write books::forget_leases(boot: BootId, users: Vec<i64>) -> Vec<i64>;
     /// The version of a model's price: the last one stored if it is the same, else a new one.
     write books::price_version(model: String, price: Price) -> i64;
     /// Every price that was ever in force, by version.

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{AsyncMessage, Config, Transaction};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -29,12 +30,36 @@ const LONG_MAX: Duration = Duration::from_secs(3600);
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// Data that nobody acknowledges for so long ends its connection.
 const UNANSWERED_MAX: Duration = Duration::from_secs(10);
-/// Notices that wait to be read; more of them say nothing new.
-const NOTICES_MAX: usize = 256;
+/// Requests for users' money that wait to be read; a node that misses one is asked again.
+const SHORT_MAX: usize = 256;
 /// A listener whose connection has ended tries again after this.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// And one that hears nothing asks so often whether anybody is there.
 const LISTEN_CHECK: Duration = Duration::from_secs(5);
+
+/// Where notices are put: apart, so that a flood of changes pushes out no request for money.
+struct Told {
+    changes: Arc<Notify>,
+    short: mpsc::Sender<Notice>,
+}
+
+/// What the database tells. Any number of changes that nobody has heard of yet are one notice.
+#[derive(Debug)]
+pub struct Notices {
+    changes: Arc<Notify>,
+    short: mpsc::Receiver<Notice>,
+}
+
+impl Notices {
+    /// The next notice, requests for money first; `None` once nobody listens any more.
+    pub async fn recv(&mut self) -> Option<Notice> {
+        tokio::select! {
+            biased;
+            short = self.short.recv() => short,
+            () = self.changes.notified() => Some(Notice::Changes),
+        }
+    }
+}
 
 /// The pool, and how to connect beside it.
 pub struct Postgres {
@@ -50,12 +75,13 @@ impl std::fmt::Debug for Postgres {
 }
 
 impl Postgres {
-    /// Reads the URL, connects and migrates. TLS is used where `sslmode` asks for it, and the certificate is checked
-    /// against the system's roots then (or those of `SSL_CERT_FILE`).
+    /// Reads the URL, connects and migrates. TLS is used where `sslmode` asks for it, and the certificate and its name are
+    /// checked against the system's roots then (or those of `SSL_CERT_FILE`).
     pub async fn open(url: &str) -> Result<Postgres, StoreError> {
         // What a URL is wrong about may repeat a part of it, and it holds a password.
-        let mut config: Config =
-            url.parse().map_err(|_| StoreError::Open("PostgreSQL".into(), "its URL does not parse".into()))?;
+        let mut config: Config = known_mode(url)
+            .parse()
+            .map_err(|_| StoreError::Open("PostgreSQL".into(), "its URL does not parse".into()))?;
         let options = format!(
             "{} -c synchronous_commit=on -c statement_timeout={ms} -c idle_in_transaction_session_timeout={ms}",
             config.get_options().unwrap_or_default(),
@@ -87,18 +113,20 @@ impl Postgres {
     /// A connection for one transaction.
     pub async fn lend(&self) -> Result<Lent, StoreError> {
         self.pool.get().await.map(Lent).map_err(|error| match error {
-            deadpool_postgres::PoolError::Backend(error) => error.into(),
-            error => StoreError::Database(error.to_string()),
+            deadpool_postgres::PoolError::Backend(error) => StoreError::Unreached(told(&error)),
+            error => StoreError::Unreached(error.to_string()),
         })
     }
 
     /// Tells of new rows in `changes`, and of users whose money another node asks for, for as long as the receiver
     /// lives; connects again by itself.
-    pub fn listen(&self) -> mpsc::Receiver<Notice> {
-        let (told, notices) = mpsc::channel(NOTICES_MAX);
+    pub fn listen(&self) -> Notices {
+        let (short, notices) = mpsc::channel(SHORT_MAX);
+        let told = Told { changes: Arc::default(), short };
+        let notices = Notices { changes: told.changes.clone(), short: notices };
         let (config, tls) = (self.config.clone(), self.tls.clone());
         tokio::spawn(async move {
-            while !told.is_closed() {
+            while !told.short.is_closed() {
                 if let Err(error) = listen_once(&config, &tls, &told).await {
                     tracing::warn!(%error, "not listening to PostgreSQL; changes are seen by asking");
                 }
@@ -109,13 +137,24 @@ impl Postgres {
     }
 }
 
-async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Sender<Notice>) -> Result<(), StoreError> {
+/// The URL with a `sslmode` that is known to its reader: `require` checks everything here, as `verify-full` asks for.
+fn known_mode(url: &str) -> String {
+    match url.split_once('?') {
+        Some((server, options)) => format!("{server}?{}", options.replace("sslmode=verify-full", "sslmode=require")),
+        None => url.to_owned(),
+    }
+}
+
+async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &Told) -> Result<(), StoreError> {
     let late = |_| StoreError::Database("no answer in time".into());
     let (client, mut connection) = timeout(TRANSACTION_MAX, config.connect(tls.clone())).await.map_err(late)??;
     let hearing = async {
         while let Some(message) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
             if let AsyncMessage::Notification(notice) = message? {
-                let _ = told.try_send(read_notice(notice.payload())); // a full queue: it is asked again
+                match read_notice(notice.payload()) {
+                    Notice::Changes => told.changes.notify_one(),
+                    short => drop(told.short.try_send(short)), // a full queue: it is asked again
+                }
             }
         }
         Ok(())
@@ -131,7 +170,7 @@ async fn listen_once(config: &Config, tls: &MakeRustlsConnect, told: &mpsc::Send
     tokio::select! {
         ended = hearing => ended,
         failed = asking => failed,
-        () = told.closed() => Ok(()),
+        () = told.short.closed() => Ok(()),
     }
 }
 
@@ -189,11 +228,18 @@ impl Lent {
 
 impl From<tokio_postgres::Error> for StoreError {
     fn from(error: tokio_postgres::Error) -> StoreError {
-        // Its own text is "db error"; what happened is in its source. Values of rows are in the detail, which stays out.
-        let source = error.as_db_error().map(|error| error.message().to_owned());
-        let source = source.or_else(|| error.source().map(ToString::to_string));
-        StoreError::Database(source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}")))
+        match error.code() {
+            Some(&SqlState::FOREIGN_KEY_VIOLATION) => StoreError::Dangling,
+            _ => StoreError::Database(told(&error)),
+        }
     }
+}
+
+fn told(error: &tokio_postgres::Error) -> String {
+    // Its own text is "db error"; what happened is in its source. Values of rows are in the detail, which stays out.
+    let source = error.as_db_error().map(|error| error.message().to_owned());
+    let source = source.or_else(|| error.source().map(ToString::to_string));
+    source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
 }
 
 /// A transaction of PostgreSQL.
@@ -256,6 +302,13 @@ impl PgTx<'_> {
     }
 }
 
+fn read_rows(rows: &[tokio_postgres::Row]) -> Result<Vec<Row>, StoreError> {
+    let read = |row: &tokio_postgres::Row| {
+        (0..row.len()).map(|index| Ok(row.try_get(index)?)).collect::<Result<Vec<Cell>, StoreError>>().map(Row)
+    };
+    rows.iter().map(read).collect()
+}
+
 impl Tx for PgTx<'_> {
     const FOR_UPDATE: &'static str = " FOR NO KEY UPDATE";
 
@@ -274,11 +327,7 @@ impl Tx for PgTx<'_> {
 
     async fn rows(&self, sql: &str, given: &[Value]) -> Result<Vec<Row>, StoreError> {
         let given: Vec<&(dyn ToSql + Sync)> = given.iter().map(|value| value as _).collect();
-        let rows = self.query(sql, &given).await?;
-        let read = |row: &tokio_postgres::Row| {
-            (0..row.len()).map(|index| Ok(row.try_get(index)?)).collect::<Result<Vec<Cell>, StoreError>>().map(Row)
-        };
-        rows.iter().map(read).collect()
+        read_rows(&self.query(sql, &given).await?)
     }
 
     async fn now_ms(&self) -> Result<i64, StoreError> {
@@ -323,6 +372,46 @@ impl Tx for PgTx<'_> {
         let sql = "SELECT user_id, amount_nano FROM leases WHERE boot = $1 AND user_id = ANY($2)";
         let rows = self.query(sql, &[&&boot[..], &users]).await?;
         rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+    }
+
+    async fn lock_balances(&self, users: Vec<i64>) -> Result<Vec<(i64, i64, i64)>, StoreError> {
+        let sql = "SELECT id, balance_nano, (SELECT count(*) FROM boots WHERE state = 'live')
+                   FROM users WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE";
+        let rows = self.query(sql, &[&users]).await?;
+        rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))).collect()
+    }
+
+    async fn lease_out(&self, boot: BootId, amounts: Vec<(i64, i64)>) -> Result<Vec<Row>, StoreError> {
+        let (users, amounts): (Vec<i64>, Vec<i64>) = amounts.into_iter().unzip();
+        let sql = "WITH granted AS (SELECT * FROM unnest($2::bigint[], $3::bigint[]) AS granted (user_id, amount)),
+                   taken AS (UPDATE users SET balance_nano = balance_nano - amount
+                             FROM granted WHERE users.id = granted.user_id)
+                   INSERT INTO leases (user_id, boot, amount_nano, granted_nano)
+                   SELECT user_id, $1, amount, amount FROM granted
+                   ON CONFLICT (user_id, boot) DO UPDATE SET amount_nano = leases.amount_nano + excluded.amount_nano,
+                   granted_nano = leases.granted_nano + excluded.granted_nano, version = leases.version + 1
+                   RETURNING amount_nano, granted_nano, version, user_id";
+        read_rows(&self.query(sql, &[&&boot[..], &users, &amounts]).await?)
+    }
+
+    async fn forget_leases(&self, boot: BootId, users: Vec<i64>) -> Result<Vec<i64>, StoreError> {
+        let sql = "DELETE FROM leases WHERE boot = $1 AND user_id = ANY($2) AND amount_nano = 0 RETURNING user_id";
+        let rows = self.query(sql, &[&&boot[..], &users]).await?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+    }
+
+    async fn cap_lines(&self, boot: BootId, capped: Vec<(u64, i64, i64)>) -> Result<(), StoreError> {
+        let mut columns = [Vec::new(), Vec::new(), Vec::new()];
+        for (sequence, charged, absorbed) in capped {
+            columns.iter_mut().zip([sequence as i64, charged, absorbed]).for_each(|(column, value)| column.push(value));
+        }
+        let [sequences, charged, absorbed] = columns;
+        let sql = "UPDATE lines SET charged_nano = capped.charged, absorbed_nano = absorbed_nano + capped.absorbed,
+                   flagged = TRUE
+                   FROM unnest($2::bigint[], $3::bigint[], $4::bigint[]) AS capped (sequence, charged, absorbed)
+                   WHERE lines.boot = $1 AND lines.sequence = capped.sequence RETURNING 1";
+        self.query(sql, &[&&boot[..], &sequences, &charged, &absorbed]).await?;
+        Ok(())
     }
 
     async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<(), StoreError> {

@@ -181,6 +181,14 @@ pub struct NewAccount {
     pub concurrency: Option<u32>,
 }
 
+/// What a boot wants of a user's money: what calls need, and what may come ahead of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Want {
+    pub user_id: i64,
+    pub need_nano: i64,
+    pub ahead_nano: i64,
+}
+
 /// A boot's lease of a user's money.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeaseRow {

@@ -10,6 +10,7 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use rusqlite::ffi::SQLITE_CONSTRAINT_FOREIGNKEY;
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior, params, params_from_iter};
 use tokio::sync::{mpsc, oneshot};
@@ -92,7 +93,10 @@ pub fn at_once<T>(work: impl Future<Output = T>) -> T {
 
 impl From<rusqlite::Error> for StoreError {
     fn from(error: rusqlite::Error) -> StoreError {
-        StoreError::Database(error.to_string())
+        match error.sqlite_error() {
+            Some(code) if code.extended_code == SQLITE_CONSTRAINT_FOREIGNKEY => StoreError::Dangling,
+            _ => StoreError::Database(error.to_string()),
+        }
     }
 }
 
@@ -168,6 +172,54 @@ impl Tx for Transaction<'_> {
             }
         }
         Ok(amounts)
+    }
+
+    async fn lock_balances(&self, users: Vec<i64>) -> Result<Vec<(i64, i64, i64)>, StoreError> {
+        let sql = "SELECT id, balance_nano, (SELECT count(*) FROM boots WHERE state = 'live') FROM users WHERE id = ?1";
+        let mut find = self.prepare_cached(sql)?;
+        let mut balances = Vec::with_capacity(users.len());
+        for user in users {
+            for row in find.query_map(params![user], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))? {
+                balances.push(row?);
+            }
+        }
+        Ok(balances)
+    }
+
+    async fn lease_out(&self, boot: BootId, amounts: Vec<(i64, i64)>) -> Result<Vec<Row>, StoreError> {
+        let mut rows = Vec::with_capacity(amounts.len());
+        for (user, amount) in amounts {
+            let taken = "UPDATE users SET balance_nano = balance_nano - $2 WHERE id = $1";
+            self.execute(taken, &[user.into(), amount.into()]).await?;
+            let leased = "INSERT INTO leases (user_id, boot, amount_nano, granted_nano) VALUES ($1, $2, $3, $3)
+                          ON CONFLICT (user_id, boot) DO UPDATE SET amount_nano = leases.amount_nano + excluded.amount_nano,
+                          granted_nano = leases.granted_nano + excluded.granted_nano, version = leases.version + 1
+                          RETURNING amount_nano, granted_nano, version, user_id";
+            rows.extend(self.rows(leased, &[user.into(), boot.into(), amount.into()]).await?);
+        }
+        Ok(rows)
+    }
+
+    async fn forget_leases(&self, boot: BootId, users: Vec<i64>) -> Result<Vec<i64>, StoreError> {
+        let sql = "DELETE FROM leases WHERE user_id = ?1 AND boot = ?2 AND amount_nano = 0";
+        let mut forget = self.prepare_cached(sql)?;
+        let mut forgotten = Vec::new();
+        for user in users {
+            if forget.execute(params![user, boot])? > 0 {
+                forgotten.push(user);
+            }
+        }
+        Ok(forgotten)
+    }
+
+    async fn cap_lines(&self, boot: BootId, capped: Vec<(u64, i64, i64)>) -> Result<(), StoreError> {
+        let sql = "UPDATE lines SET charged_nano = ?3, absorbed_nano = absorbed_nano + ?4, flagged = TRUE
+                   WHERE boot = ?1 AND sequence = ?2";
+        let mut cap = self.prepare_cached(sql)?;
+        for (sequence, charged, absorbed) in capped {
+            cap.execute(params![boot, sequence as i64, charged, absorbed])?;
+        }
+        Ok(())
     }
 
     async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<(), StoreError> {

@@ -1,6 +1,6 @@
 //! The same promises on both databases.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
 use crate::config::Secret;
@@ -12,11 +12,18 @@ pub mod cluster;
 /// has committed.
 #[derive(Debug, Default)]
 pub struct Faults {
+    unreached: AtomicBool,
     before: AtomicBool,
     after: AtomicBool,
+    /// Transactions that were tried.
+    pub tried: AtomicU64,
 }
 
 impl Faults {
+    pub fn lose_the_connection(&self) {
+        self.unreached.store(true, Ordering::Relaxed);
+    }
+
     pub fn lose_the_next(&self) {
         self.before.store(true, Ordering::Relaxed);
     }
@@ -31,6 +38,10 @@ impl Faults {
     }
 
     pub fn before(&self) -> Result<(), StoreError> {
+        self.tried.fetch_add(1, Ordering::Relaxed);
+        if self.unreached.swap(false, Ordering::Relaxed) {
+            return Err(StoreError::Unreached("nobody there".into()));
+        }
         Faults::happen(&self.before)
     }
 
@@ -60,6 +71,18 @@ impl Store {
                 tx.commit().await.unwrap();
             }
         }
+    }
+
+    /// One grant of one user.
+    pub async fn grant(
+        &self,
+        boot: BootId,
+        user_id: i64,
+        need_nano: i64,
+        ahead_nano: i64,
+    ) -> Result<LeaseRow, StoreError> {
+        let granted = self.grants(boot, vec![Want { user_id, need_nano, ahead_nano }]).await?;
+        granted.into_iter().next().map(|(_, row)| row).ok_or_else(|| StoreError::Absent("user".into()))
     }
 }
 
@@ -107,6 +130,80 @@ async fn a_grant_gives_what_there_is_and_ahead_at_most_half_of_the_balance() {
         assert_eq!((rest.amount_nano, rest.granted_nano, rest.balance_nano), (100, 100, 0));
         assert_eq!(store.grant(boot, user, 1, 1).await.unwrap().amount_nano, 100);
     }
+}
+
+#[tokio::test]
+async fn grants_of_many_users_are_one_transaction_and_each_gets_its_own() {
+    for (Fixture { store, _folder }, boot, ann) in with_ann(100).await {
+        let bob = store.add_user("bob".into(), "default".into(), 50, None).await.unwrap().id;
+        let want = |user_id, need_nano, ahead_nano| Want { user_id, need_nano, ahead_nano };
+        let nobody = want(ann + bob + 7, 10, 0);
+        let wants = vec![want(bob, 80, 0), nobody, want(ann, 10, 1000)];
+        let mut granted = store.grants(boot, wants).await.unwrap();
+        granted.sort_by_key(|(user, _)| *user);
+        let seen: Vec<_> =
+            granted.iter().map(|(user, row)| (*user, row.amount_nano, row.balance_nano, row.version)).collect();
+        assert_eq!(seen, [(ann, 60, 40, 1), (bob, 50, 0, 1)]);
+        let again = store.grants(boot, vec![want(ann, 40, 0)]).await.unwrap();
+        assert_eq!((again[0].1.amount_nano, again[0].1.granted_nano, again[0].1.version), (100, 100, 2));
+        store.close_boot(boot).await.unwrap();
+        assert!(matches!(store.grants(boot, vec![want(ann, 1, 0)]).await, Err(StoreError::BootGone)));
+        let audit = store.audit(|_, _| None).await.unwrap();
+        assert!(audit.users.iter().all(|user| user.difference_nano() == 0 && user.leased_nano == 0), "{audit:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_lease_is_forgotten_only_if_it_has_nothing() {
+    for (Fixture { store, _folder }, boot, ann) in with_ann(100).await {
+        let bob = store.add_user("bob".into(), "default".into(), 50, None).await.unwrap().id;
+        for user in [ann, bob] {
+            store.grant(boot, user, 20, 0).await.unwrap();
+        }
+        store.give_back(boot, bob, 20, 1).await.unwrap();
+        assert_eq!(store.forget_leases(boot, vec![ann, bob, bob + 7]).await.unwrap(), [bob]);
+        assert_eq!(
+            (store.lease(boot, bob).await.unwrap().version, store.lease(boot, ann).await.unwrap().version),
+            (0, 1)
+        );
+        assert_eq!(store.grant(boot, bob, 5, 0).await.unwrap().granted_nano, 5, "as if there had been none");
+    }
+}
+
+#[tokio::test]
+async fn lines_that_name_what_is_not_there_are_refused_and_found() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        let (key, price) = referred(&store).await;
+        let lines = vec![
+            line(1, user, key, price, 0),
+            line(2, user, key + 9, price, 0),
+            line(3, user + 9, key, price, 0),
+            line(4, user, key, price + 9, 0),
+        ];
+        assert!(matches!(store.ship(boot, 0, 4, lines.clone()).await, Err(StoreError::Dangling)));
+        assert_eq!(store.boot(boot).await.unwrap().unwrap().shipped, 0, "none of them was stored");
+        assert_eq!(store.dangling(lines).await.unwrap(), [2, 3, 4]);
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_changes_pushes_out_no_request_for_money() {
+    let Some(url) = cluster::database() else { return };
+    let store = Store::open(&DatabaseUrl::Postgres(Secret::new(&url))).await.unwrap();
+    let mut heard = store.listen().unwrap();
+    let ann = store.add_user("ann".into(), "default".into(), 0, None).await.unwrap();
+    // Once it listens, it hears of this user.
+    while !matches!(tokio::time::timeout(std::time::Duration::from_millis(100), heard.recv()).await, Ok(Some(_))) {
+        store.set_frozen("ann".into(), false, false).await.unwrap();
+    }
+    // A notice each, since the same ones of one transaction are told once.
+    cluster::run(&url, "SELECT pg_notify('gpt_cat', 'changes ' || number) FROM generate_series(1, 3000) AS number");
+    store.ask_back(ann.id, [7; 16]).await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await; // nobody reads meanwhile
+    assert_eq!(heard.recv().await, Some(Notice::Short { user_id: ann.id, asking: [7; 16] }));
+    assert_eq!(heard.recv().await, Some(Notice::Changes));
+    let more = tokio::time::timeout(std::time::Duration::from_millis(200), heard.recv()).await;
+    assert!(more.is_err(), "all of them are one: {more:?}");
 }
 
 #[tokio::test]

@@ -170,6 +170,19 @@ pub trait Tx {
     /// Takes charges, by user, out of a boot's leases.
     async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<(), StoreError>;
 
+    /// Balances of these users, which nobody else may change until this transaction ends, with the number of live boots;
+    /// the users come in order.
+    async fn lock_balances(&self, users: Vec<i64>) -> Result<Vec<(i64, i64, i64)>, StoreError>;
+
+    /// Moves amounts, by user, from balances into a boot's leases; of each lease amount, granted, version and user.
+    async fn lease_out(&self, boot: BootId, amounts: Vec<(i64, i64)>) -> Result<Vec<Row>, StoreError>;
+
+    /// Deletes those of these users' leases that have nothing; whose they were.
+    async fn forget_leases(&self, boot: BootId, users: Vec<i64>) -> Result<Vec<i64>, StoreError>;
+
+    /// Sets what lines are charged, by sequence, and absorbs the rest beside it; flags them.
+    async fn cap_lines(&self, boot: BootId, capped: Vec<(u64, i64, i64)>) -> Result<(), StoreError>;
+
     /// Tells every node that `asking` is short of a user's money, once this transaction has committed.
     async fn tell_short(&self, user_id: i64, asking: BootId) -> Result<(), StoreError>;
 

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -13,6 +14,9 @@ use serde_json::Value;
 
 const KEY: &str = "sk-first-key-of-the-drills";
 const MASTER: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+
+/// A node that is armed reaches its failpoint within this time.
+const DIES_WITHIN: Duration = Duration::from_secs(20);
 
 /// How long a drill lasts: `DRILL_ROUNDS` times as long when that is set, for a drill by hand.
 pub fn rounds(usual: u64) -> u64 {
@@ -47,6 +51,11 @@ impl Upstream {
     }
 }
 
+/// The number behind `name` in a prompt.
+fn number_in(prompt: &str, name: &str) -> Option<usize> {
+    prompt.split(' ').find_map(|word| word.strip_prefix(name)).and_then(|value| value.parse().ok())
+}
+
 fn answer_all(socket: TcpStream, counted: &AtomicUsize) -> Option<()> {
     let mut socket_out = socket.try_clone().ok()?;
     let mut input = BufReader::new(socket);
@@ -69,9 +78,7 @@ fn answer_all(socket: TcpStream, counted: &AtomicUsize) -> Option<()> {
         counted.fetch_add(1, Ordering::Relaxed);
         let body: Value = serde_json::from_slice(&body).ok()?;
         let asked = body["messages"][0]["content"].as_str()?;
-        let number = |name: &str| {
-            asked.split(' ').find_map(|word| word.strip_prefix(name)).and_then(|value| value.parse::<usize>().ok())
-        };
+        let number = |name: &str| number_in(asked, name);
         let most = body["max_tokens"].as_u64().unwrap_or(u64::MAX) as usize;
         let words = number("words=").unwrap_or(10).min(most);
         let each = Duration::from_millis(number("each_ms=").unwrap_or(0) as u64);
@@ -113,6 +120,8 @@ fn answer_all(socket: TcpStream, counted: &AtomicUsize) -> Option<()> {
 pub struct Reply {
     pub status: u16,
     pub request_id: String,
+    /// Words that were asked for.
+    pub asked: usize,
     /// Complete words of the answer.
     pub words: usize,
     /// The answer came to its end.
@@ -122,11 +131,16 @@ pub struct Reply {
 
 /// Asks once, and reads for as long as something comes.
 pub fn chat(address: &str, fields: &str, prompt: &str) -> Reply {
+    chat_as(KEY, address, fields, prompt)
+}
+
+/// The same with another user's key.
+pub fn chat_as(key: &str, address: &str, fields: &str, prompt: &str) -> Reply {
     let mut text = String::new();
     let body = format!(r#"{{"model":"m",{fields},"messages":[{{"role":"user","content":"{prompt}"}}]}}"#);
     if let Ok(mut socket) = TcpStream::connect(address) {
         let request = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {KEY}\r\n\
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {key}\r\n\
              content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
@@ -134,7 +148,7 @@ pub fn chat(address: &str, fields: &str, prompt: &str) -> Reply {
         let _ = socket.write_all(request.as_bytes());
         let mut bytes = Vec::new();
         let _ = socket.read_to_end(&mut bytes);
-        text = String::from_utf8_lossy(&bytes).into_owned();
+        text = String::from_utf8_lossy(&without_chunks(bytes)).into_owned();
     }
     let header = |name: &str| {
         let head = text.split("\r\n\r\n").next().unwrap_or_default();
@@ -150,10 +164,27 @@ pub fn chat(address: &str, fields: &str, prompt: &str) -> Reply {
     Reply {
         status: text.get(9..12).and_then(|status| status.parse().ok()).unwrap_or(0),
         request_id: header("x-request-id:"),
+        asked: number_in(prompt, "words=").unwrap_or(10),
         words,
         whole: if stream { text.contains("data: [DONE]") } else { text.ends_with('}') },
         text,
     }
+}
+
+/// A reply as it is without transfer coding, also one that was cut: a chunk may end in the middle of an event.
+fn without_chunks(reply: Vec<u8>) -> Vec<u8> {
+    let Some(body) = reply.windows(4).position(|end| end == b"\r\n\r\n").map(|at| at + 4) else { return reply };
+    let (mut whole, mut rest) = (reply[..body].to_vec(), &reply[body..]);
+    if !String::from_utf8_lossy(&whole).to_ascii_lowercase().contains("transfer-encoding: chunked") {
+        return reply;
+    }
+    while let Some(line) = rest.windows(2).position(|end| end == b"\r\n") {
+        let bytes = usize::from_str_radix(std::str::from_utf8(&rest[..line]).unwrap(), 16).unwrap();
+        rest = &rest[line + 2..];
+        whole.extend_from_slice(&rest[..bytes.min(rest.len())]);
+        rest = &rest[(bytes + 2).min(rest.len())..];
+    }
+    whole
 }
 
 /// What the way to the database does.
@@ -190,6 +221,11 @@ impl Field {
         } else {
             format!("sqlite:{}", folder.path().join("books.db").display())
         };
+        Some(Field::on(folder, database_url, balance_nano, ledger))
+    }
+
+    /// On a database that is already there, with everything else in a folder.
+    pub fn on(folder: tempfile::TempDir, database_url: String, balance_nano: i64, ledger: &str) -> Field {
         let upstream = Upstream::start();
         let balance = format!("{}.{:09}", balance_nano / 1_000_000_000, balance_nano % 1_000_000_000);
         let toml = format!(
@@ -204,7 +240,7 @@ impl Field {
         let account = ["account", "add", "--endpoint", "up", "--key-env", "UPSTREAM_KEY"];
         assert!(field.command(&field.folder.path().join("desk"), &account).status().unwrap().success());
         field.nodes.clear();
-        Some(field)
+        field
     }
 
     fn command(&self, data: &std::path::Path, arguments: &[&str]) -> Command {
@@ -218,30 +254,78 @@ impl Field {
 
     /// Starts a further node; its number.
     pub fn start_node(&mut self) -> usize {
+        let node = self.add_node();
+        self.restart(node);
+        node
+    }
+
+    /// A further node, that is not started yet.
+    pub fn add_node(&mut self) -> usize {
         let data = self.folder.path().join(format!("node{}", self.nodes.len()));
         self.nodes.push(Node { process: None, address: String::new(), data });
-        self.restart(self.nodes.len() - 1);
         self.nodes.len() - 1
     }
 
     /// Starts a node again, on its own disk.
     pub fn restart(&mut self, node: usize) {
+        assert!(self.restart_armed(node, ""), "nobody killed it");
+    }
+
+    /// Starts a node again, which is to end at a failpoint; false when it did before it served.
+    pub fn restart_armed(&mut self, node: usize, failpoint: &str) -> bool {
         let mut command = self.command(&self.nodes[node].data, &["serve"]);
+        if !failpoint.is_empty() {
+            command.env("FAILPOINT", failpoint);
+        }
         let log = self.folder.path().join(format!("node{node}.log"));
         let log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
         let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut out = BufReader::new(process.stdout.take().unwrap());
-        self.nodes[node].address = loop {
+        loop {
             let mut line = String::new();
-            assert!(out.read_line(&mut line).unwrap() > 0, "a node ended: {}", self.log(node));
-            if let Some(address) = line.trim().strip_prefix("listening on http://") {
-                break address.to_owned();
+            if out.read_line(&mut line).unwrap() == 0 {
+                assert_eq!(process.wait().unwrap().signal(), Some(9), "{}", self.log(node));
+                return false;
             }
-        };
+            if let Some(address) = line.trim().strip_prefix("listening on http://") {
+                self.nodes[node].address = address.to_owned();
+                break;
+            }
+        }
         self.nodes[node].process = Some(process);
+        true
     }
 
-    fn log(&self, node: usize) -> String {
+    /// Whether a node killed itself, which it has some time for.
+    pub fn has_died(&mut self, node: usize) -> bool {
+        let until = Instant::now() + DIES_WITHIN;
+        while Instant::now() < until {
+            let Some(process) = &mut self.nodes[node].process else { return true };
+            if let Some(status) = process.try_wait().unwrap() {
+                assert_eq!(status.signal(), Some(9), "{status}: {}", self.log(node));
+                self.nodes[node].process = None;
+                return true;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        false
+    }
+
+    /// Whether a node stopped itself, as `SIGSTOP` does it.
+    pub fn has_stopped(&self, node: usize) -> bool {
+        let id = self.nodes[node].process.as_ref().unwrap().id();
+        let until = Instant::now() + DIES_WITHIN;
+        while Instant::now() < until {
+            let state = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+            if state.rsplit(") ").next().is_some_and(|state| state.starts_with('T')) {
+                return true;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        false
+    }
+
+    pub fn log(&self, node: usize) -> String {
         std::fs::read_to_string(self.folder.path().join(format!("node{node}.log"))).unwrap_or_default()
     }
 
@@ -269,6 +353,12 @@ impl Field {
         }
     }
 
+    /// Begins to take so many units from the user's balance, which asks nodes for what they have free.
+    pub fn begin_debit(&self, units: u64) -> Child {
+        let arguments = ["user", "debit", "first", &units.to_string()];
+        self.command(&self.folder.path().join("desk"), &arguments).stderr(Stdio::null()).spawn().unwrap()
+    }
+
     fn json(&self, arguments: &[&str]) -> Value {
         let mut command = self.command(&self.folder.path().join("desk"), arguments);
         let output = command.arg("--json").stdout(Stdio::piped()).output().unwrap();
@@ -288,10 +378,16 @@ impl Field {
         units.parse::<i64>().unwrap() * 1_000_000_000 + format!("{nano:0<9}").parse::<i64>().unwrap()
     }
 
-    /// Everything adds up, and no lease is left.
-    pub fn assert_audit(&self) {
+    /// Everything adds up.
+    pub fn assert_sums(&self) -> Value {
         let audit = self.json(&["audit"]);
         assert_eq!(audit["findings"].as_array().unwrap().len(), 0, "{audit}");
+        audit
+    }
+
+    /// Everything adds up, and no lease is left.
+    pub fn assert_audit(&self) {
+        let audit = self.assert_sums();
         assert_eq!(audit["users"][0]["leases"], "0.00", "{audit}");
     }
 

@@ -1,5 +1,8 @@
 //! The built binary as a process: first start, second start, subcommands beside it, signals, `kill -9`, logs, TLS.
 
+#[path = "../support/cluster.rs"]
+mod cluster;
+mod database;
 mod tls;
 
 use std::io::{BufRead, BufReader, Read, Write};

@@ -1,4 +1,5 @@
-//! A throw-away PostgreSQL cluster, one for a test process, and a database of its own for each who asks.
+//! A throw-away PostgreSQL cluster, one for a test process, and a database of its own for each who asks; further clusters
+//! for those who stop theirs, or want TLS.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -7,23 +8,45 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// Runs the server until its standard input ends, which it does when the test process does, however that ends.
+/// Runs the server until its standard input ends, which it does when the test process does, however that ends. `stop` on
+/// a line of it stops the server as a crash does, `start` starts it again.
 const KEEPER: &str = r#"
+bin=$1 port=$2
 folder=$(mktemp -d /tmp/gpt-cat-pg.XXXXXX) || exit 1
-"$1/initdb" -D "$folder/data" -U test -A trust --no-sync --no-instructions >"$folder/log" 2>&1 || { cat "$folder/log" >&2; exit 1; }
-"$1/postgres" -D "$folder/data" -k "$folder" -p "$2" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=300 >>"$folder/log" 2>&1 &
-server=$!
-cat >/dev/null
+"$bin/initdb" -D "$folder/data" -U test -A trust --no-sync --no-instructions >"$folder/log" 2>&1 || { cat "$folder/log" >&2; exit 1; }
+tls=
+if [ -n "$SERVER_CERT" ]; then
+    (umask 077; printf '%s' "$SERVER_KEY" >"$folder/key"; printf '%s' "$SERVER_CERT" >"$folder/cert")
+    tls="-c ssl=on -c ssl_cert_file=$folder/cert -c ssl_key_file=$folder/key"
+fi
+run() {
+    "$bin/postgres" -D "$folder/data" -k "$folder" -p "$port" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=300 $tls $SETTINGS >>"$folder/log" 2>&1 &
+    server=$!
+}
+run
+while read -r word; do
+    case $word in
+        stop) kill -QUIT $server; wait $server ;;
+        start) run ;;
+    esac
+done
 kill -INT $server
 wait $server
 rm -rf "$folder"
 "#;
 
-struct Cluster {
+/// A server that runs for as long as this lives.
+pub struct Cluster {
     bin: PathBuf,
     port: u16,
     _keeper: Child,
-    _alive: ChildStdin,
+    orders: ChildStdin,
+}
+
+/// A server's certificate and its key, as PEM.
+pub struct Certificate {
+    pub cert: String,
+    pub key: String,
 }
 
 /// The URL of a fresh database; `None`, said loudly, where there is no PostgreSQL. Under `CI` that is a failure.
@@ -35,16 +58,7 @@ pub fn database() -> Option<String> {
         return Some(format!("{server}/{name}"));
     }
     static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
-    let Some(cluster) = CLUSTER.get_or_init(Cluster::start) else {
-        assert!(std::env::var_os("CI").is_none(), "no PostgreSQL found: install its server, or set TEST_DATABASE_URL");
-        // Past the capture of the test's output.
-        let _ = writeln!(std::io::stderr(), "SKIPPED: no PostgreSQL found, so this test ran on SQLite alone");
-        return None;
-    };
-    let server = format!("postgres://test@127.0.0.1:{}", cluster.port);
-    let name = fresh_name();
-    psql(&cluster.bin, &format!("{server}/postgres"), &format!("CREATE DATABASE {name}"));
-    Some(format!("{server}/{name}"))
+    Some(CLUSTER.get_or_init(|| Cluster::start(None)).as_ref()?.database())
 }
 
 fn fresh_name() -> String {
@@ -65,9 +79,25 @@ fn psql(bin: &Path, url: &str, sql: &str) -> String {
     String::from_utf8_lossy(&done.stdout).trim().to_owned()
 }
 
+#[allow(dead_code, reason = "not every test stops its server")]
 impl Cluster {
-    fn start() -> Option<Cluster> {
-        let bin = bin()?;
+    /// Starts a server of its own; `None`, said loudly, where there is none to start. Under `CI` that is a failure.
+    pub fn start(certificate: Option<&Certificate>) -> Option<Cluster> {
+        Cluster::start_with(certificate, "")
+    }
+
+    /// The same with further settings, as arguments of the server.
+    pub fn start_with(certificate: Option<&Certificate>, settings: &str) -> Option<Cluster> {
+        let Some(bin) = bin() else {
+            let elsewhere = std::env::var_os("TEST_DATABASE_URL").is_some();
+            assert!(
+                elsewhere || std::env::var_os("CI").is_none(),
+                "no PostgreSQL found: install its server, or set TEST_DATABASE_URL"
+            );
+            // Past the capture of the test's output.
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no server of PostgreSQL found that this test could start");
+            return None;
+        };
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let root = rustix::process::geteuid().is_root();
         let mut keeper = if root {
@@ -79,15 +109,44 @@ impl Cluster {
             Command::new("sh")
         };
         keeper.args(["-c", KEEPER, "keeper", bin.to_str().unwrap(), &port.to_string()]);
+        if let Some(Certificate { cert, key }) = certificate {
+            keeper.env("SERVER_CERT", cert).env("SERVER_KEY", key);
+        }
+        keeper.env("SETTINGS", settings);
         keeper.stdin(Stdio::piped()).stdout(Stdio::null()).current_dir("/");
         let mut keeper = keeper.spawn().unwrap();
-        let alive = keeper.stdin.take().unwrap();
+        let orders = keeper.stdin.take().unwrap();
+        let cluster = Cluster { bin, port, _keeper: keeper, orders };
+        cluster.until_ready(true);
+        Some(cluster)
+    }
+
+    /// The URL of a fresh database on it.
+    pub fn database(&self) -> String {
+        let server = format!("postgres://test@127.0.0.1:{}", self.port);
+        let name = fresh_name();
+        psql(&self.bin, &format!("{server}/postgres"), &format!("CREATE DATABASE {name}"));
+        format!("{server}/{name}")
+    }
+
+    /// Stops the server at once: no checkpoint, no farewell to its clients.
+    pub fn stop(&mut self) {
+        writeln!(self.orders, "stop").unwrap();
+        self.until_ready(false);
+    }
+
+    /// Starts the server again, which recovers first.
+    pub fn start_again(&mut self) {
+        writeln!(self.orders, "start").unwrap();
+        self.until_ready(true);
+    }
+
+    fn until_ready(&self, ready: bool) {
         let until = Instant::now() + Duration::from_secs(60);
-        while !is_ready(&bin, port) {
-            assert!(keeper.try_wait().unwrap().is_none() && Instant::now() < until, "PostgreSQL did not start");
+        while is_ready(&self.bin, self.port) != ready {
+            assert!(Instant::now() < until, "PostgreSQL did not start, or did not stop");
             std::thread::sleep(Duration::from_millis(50));
         }
-        Some(Cluster { bin, port, _keeper: keeper, _alive: alive })
     }
 }
 

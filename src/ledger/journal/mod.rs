@@ -27,6 +27,7 @@ pub use record::Mark;
 use record::{End, Kind, RECORD_BYTES_MAX, decode, encode, read_back};
 pub use replay::{Dead, dead_boots};
 
+use crate::failpoint;
 use crate::store::{BootId, Line, hex};
 
 /// A MARK with every number at its longest.
@@ -35,8 +36,6 @@ const MARK_BYTES_MAX: u64 = 96;
 const ROOM_BYTES: u64 = RECORD_BYTES_MAX as u64 + 2 * MARK_BYTES_MAX;
 /// Large enough to make a new file rare, small enough for a small machine's disk.
 const SEGMENT_BYTES: u64 = 16 << 20;
-/// A record never straddles segments: a segment counts as full when the longest might not fit.
-const SEGMENT_USABLE: u64 = SEGMENT_BYTES - RECORD_BYTES_MAX as u64;
 /// The design's bound is 50 ms from write to disk; most of it is left to the disk.
 const SYNC_EVERY: Duration = Duration::from_millis(20);
 /// Segments whose lines are stored are looked through this often.
@@ -172,7 +171,7 @@ impl Journal {
         writer.allocate(&folder)?;
         let journal = Arc::new(Journal {
             folder,
-            bytes_max,
+            bytes_max: bytes_max / failpoint::shrink(),
             writer: Mutex::new(writer),
             dirty: AtomicBool::new(false),
             wake_sync: Condvar::new(),
@@ -193,6 +192,7 @@ impl Journal {
             return Err(JournalFull);
         }
         let record = encode(Kind::Open, open.sequence, open);
+        failpoint::at("open.due");
         let mut writer = self.lock();
         if self.stopped.load(Ordering::Acquire) {
             return Err(JournalFull);
@@ -209,6 +209,7 @@ impl Journal {
                 let segment = segment.number;
                 let slot = writer.calls.insert(OpenCall { segment, open, mark: None });
                 self.written(writer);
+                failpoint::at("open.written");
                 Ok(Place { slot, room: ROOM_BYTES })
             }
             Err(error) => {
@@ -221,11 +222,21 @@ impl Journal {
     /// Writes MARK, in room of its own or, when there is none, in what was kept for it; false when neither is left or the
     /// disk fails: then nothing may be released on it.
     pub fn mark(&self, place: &mut Place, sequence: u64, mark: &Mark) -> bool {
+        self.write_mark(place, sequence, mark, true)
+    }
+
+    /// Writes MARK, only where there is room beside what was kept.
+    pub fn mark_if_room(&self, place: &mut Place, sequence: u64, mark: &Mark) -> bool {
+        self.write_mark(place, sequence, mark, false)
+    }
+
+    fn write_mark(&self, place: &mut Place, sequence: u64, mark: &Mark, may_use_kept: bool) -> bool {
         let record = encode(Kind::Mark, sequence, mark);
         let bytes = record.len() as u64;
+        failpoint::at("mark.due");
         let mut writer = self.lock();
         if !self.make_free(&mut writer, bytes) {
-            if place.room < RECORD_BYTES_MAX as u64 + bytes {
+            if !may_use_kept || place.room < RECORD_BYTES_MAX as u64 + bytes {
                 return false;
             }
             place.room -= bytes;
@@ -235,6 +246,7 @@ impl Journal {
             Ok(at) => {
                 writer.calls[place.slot].mark = Some(at);
                 self.written(writer);
+                failpoint::at("mark.written");
                 true
             }
             Err(error) => {
@@ -249,6 +261,7 @@ impl Journal {
     ///
     /// Returns which END it is since the boot began: the watermark counts in these.
     pub fn end(&self, place: Place, line: Line) -> u64 {
+        failpoint::at("end.due");
         let mut writer = self.lock();
         writer.reserved -= place.room;
         writer.ended += 1;
@@ -272,6 +285,7 @@ impl Journal {
             self.lines_wait.notify_one();
         }
         self.written(writer);
+        failpoint::at("end.written");
         ordinal
     }
 
@@ -334,7 +348,7 @@ impl Journal {
         };
         let mut again = Vec::new();
         for file in files {
-            let mut bytes = vec![0; SEGMENT_BYTES as usize];
+            let mut bytes = vec![0; segment_bytes() as usize];
             file.read_exact_at(&mut bytes, 0)?;
             replay::scan(&bytes, |found| {
                 if let Ok(found) = found
@@ -361,6 +375,11 @@ impl Journal {
     /// Whether every line has been shipped.
     pub fn is_shipped(&self) -> bool {
         self.lock().unshipped.is_empty()
+    }
+
+    /// Whether so many lines wait that they are shipped before their second is over.
+    pub fn has_many(&self) -> bool {
+        self.lock().unshipped.len() >= SHIP_AT_LINES
     }
 
     /// Whether new calls can be written down.
@@ -398,7 +417,7 @@ impl Journal {
 
     fn make_free_within(&self, writer: &mut Writer, bytes: u64, bytes_max: u64) -> bool {
         while writer.free() < writer.reserved + bytes {
-            if (writer.segments.len() as u64 + 1) * SEGMENT_BYTES > bytes_max && !writer.give_up_first() {
+            if (writer.segments.len() as u64 + 1) * segment_bytes() > bytes_max && !writer.give_up_first() {
                 return false;
             }
             if let Err(error) = writer.allocate(&self.folder) {
@@ -450,6 +469,7 @@ impl Journal {
     }
 
     fn sync(&self) {
+        failpoint::at("sync.due");
         self.dirty.store(false, Ordering::Release);
         let files = {
             let mut writer = self.lock();
@@ -464,6 +484,7 @@ impl Journal {
                 self.fail(&error);
             }
         }
+        failpoint::at("sync.done");
         #[cfg(test)]
         for (number, written) in written {
             self.lock().segment(number).into_iter().for_each(|segment| segment.synced = written);
@@ -476,7 +497,7 @@ impl Journal {
     fn tidy(&self, kept: Duration) {
         loop {
             let mut writer = self.lock();
-            let crowded = writer.segments.len() as u64 * SEGMENT_BYTES > self.bytes_max / 2;
+            let crowded = writer.segments.len() as u64 * segment_bytes() > self.bytes_max / 2;
             let due = writer.first_passed().is_some_and(|passed| crowded || passed.elapsed() >= kept);
             if !due {
                 return;
@@ -516,7 +537,7 @@ impl Journal {
                 };
                 let bytes = open.len() + mark.as_ref().map_or(0, Vec::len);
                 // One segment beyond the bound, which gives up at least one.
-                if !self.make_free_within(&mut writer, bytes as u64, self.bytes_max + SEGMENT_BYTES) {
+                if !self.make_free_within(&mut writer, bytes as u64, self.bytes_max + segment_bytes()) {
                     return false;
                 }
                 let copied = writer.append(&open).and_then(|open| {
@@ -541,6 +562,16 @@ impl Journal {
     }
 }
 
+/// The size of a segment; smaller where a drill is about many of them.
+fn segment_bytes() -> u64 {
+    SEGMENT_BYTES / failpoint::shrink()
+}
+
+/// A record never straddles segments: a segment counts as full when the longest might not fit.
+fn segment_usable() -> u64 {
+    segment_bytes() - RECORD_BYTES_MAX as u64
+}
+
 impl Writer {
     fn current(&mut self) -> &mut Segment {
         &mut self.segments[self.at]
@@ -553,13 +584,13 @@ impl Writer {
     /// Bytes that can still be written without a new segment.
     fn free(&self) -> u64 {
         let ahead = (self.segments.len() - self.at - 1) as u64;
-        SEGMENT_USABLE.saturating_sub(self.segments[self.at].written) + ahead * SEGMENT_USABLE
+        segment_usable().saturating_sub(self.segments[self.at].written) + ahead * segment_usable()
     }
 
     fn allocate(&mut self, folder: &Path) -> io::Result<()> {
         let path = folder.join(format!("{:08}.journal", self.next_number));
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-        if let Err(error) = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, SEGMENT_BYTES) {
+        if let Err(error) = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, segment_bytes()) {
             let _ = fs::remove_file(&path);
             return Err(error.into());
         }
@@ -579,14 +610,14 @@ impl Writer {
     }
 
     fn append(&mut self, record: &[u8]) -> io::Result<At> {
-        if self.segments[self.at].written > SEGMENT_USABLE && self.at + 1 < self.segments.len() {
+        if self.segments[self.at].written > segment_usable() && self.at + 1 < self.segments.len() {
             let full = self.segments[self.at].file.clone();
             self.unsynced.push(full);
             self.at += 1;
             self.current().last_end = self.ended;
         }
         let segment = self.current();
-        if segment.written + record.len() as u64 > SEGMENT_BYTES {
+        if segment.written + record.len() as u64 > segment_bytes() {
             return Err(io::Error::other("the journal has no segment left"));
         }
         let offset = segment.written;
@@ -612,9 +643,11 @@ impl Writer {
         if self.first_passed().is_none() || self.segments[0].open > 0 {
             return false;
         }
+        failpoint::at("segment.due");
         if let Err(error) = fs::remove_file(&self.segments[0].path) {
             tracing::warn!(%error, "journal: cannot remove a segment");
         }
+        failpoint::at("segment.removed");
         self.segments.pop_front();
         self.at -= 1;
         true

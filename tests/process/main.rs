@@ -208,12 +208,37 @@ fn every_subcommand_works_beside_a_running_server() {
     let all = json(path, &["user", "show", "first"])["balance"].as_str().unwrap().to_owned();
     assert_eq!(json(path, &["user", "debit", "first", &all])["balance"], "0.00");
     assert!(gateway.answer(DEMO).contains("insufficient_quota"));
+    assert_eq!(json(path, &["user", "edit-balance", "ann", "7.25"])["balance"], "7.25");
+    assert_eq!(json(path, &["user", "limit", "ann", "--day", "1", "--month", "20"])["month_limit"], "20.00");
+    assert_eq!(json(path, &["user", "limit", "ann", "--day", "none"])["day_limit"], Value::Null);
+    assert_eq!(json(path, &["user", "freeze", "ann", "--until-credit"])["frozen"], "until_credit");
+    let codes = json(path, &["code", "add", "0.75", "--count", "2", "--note", "gift"]);
+    let code = codes[0]["code"].as_str().unwrap();
+    let redeemed = json(path, &["code", "redeem", code, "ann"]);
+    assert_eq!((&redeemed["balance"], &redeemed["frozen"]), (&"8.00".into(), &false.into()));
+    assert!(!run(path, &["code", "redeem", code, "ann"]).1, "once");
+    assert!(run(path, &["code", "revoke", &codes[1]["id"].to_string()]).1);
+    let listed = json(path, &["code", "list"]);
+    assert_eq!((&listed[0]["redeemed_by"], listed[1]["revoked"].is_null()), (&"ann".into(), false));
+    let limited =
+        json(path, &["key", "add", "ann", "--limit", "5", "--models", "demo", "--expires", "2100-01-01T00:00:00Z"]);
+    assert!(run(path, &["key", "set", &limited["id"].to_string(), "--limit", "none", "--day", "0.10"]).1);
+    let keys = json(path, &["key", "list", "ann"]);
+    let key = keys.as_array().unwrap().iter().find(|key| key["id"] == limited["id"]).unwrap();
+    assert_eq!((&key["limit"], &key["day_limit"], &key["models"][0]), (&Value::Null, &"0.10".into(), &"demo".into()));
+    run(path, &["key", "revoke", &limited["id"].to_string()]);
+    assert_eq!(json(path, &["group", "set", "vip", "--requests-per-minute", "60"])[1]["requests_per_minute"], 60);
+    let days = json(path, &["usage", "--per-day", "--user", "first"]);
+    assert_eq!((&days[0]["model"], &days[0]["calls"]), (&"demo".into(), &1.into()));
+    let anew = json(path, &["usage", "recompute", "--dry-run", "--user", "first"]);
+    assert_eq!((&anew[0]["lines"], &anew[0]["difference"]), (&1.into(), &"0.00".into()));
+    assert!(!run(path, &["usage", "recompute"]).1, "it only shows, and has to be told so");
     let second = json(path, &["key", "add", "ann", "--name", "laptop"]);
     let second_key = second["key"].as_str().unwrap().to_owned();
     until("the second key works", || status(&second_key) == "200");
     run(path, &["key", "revoke", &second["id"].to_string()]);
     until("the second key is revoked", || status(&second_key) == "401");
-    assert_eq!(json(path, &["key", "list", "ann"]).as_array().unwrap().len(), 2);
+    assert_eq!(json(path, &["key", "list", "ann"]).as_array().unwrap().len(), 3);
     assert!(run(path, &["account", "add", "--endpoint", "openai", "--key-env", "UPSTREAM_KEY", "--limit", "3"]).1);
     let (text, good) = run(path, &["account", "add", "--endpoint", "nowhere", "--key-env", "UPSTREAM_KEY"]);
     assert!(!good && text.contains("openai"), "{text}");
@@ -232,6 +257,8 @@ fn every_subcommand_works_beside_a_running_server() {
         (vec!["user", "credit", "ann", "-1"], "-1"),
         (vec!["key", "revoke", "99"], "99"),
         (vec!["user", "debit", "ann", "100"], "the balance"),
+        (vec!["code", "redeem", "code-unknown", "ann"], "no such code"),
+        (vec!["user", "limit", "ann", "--day", "soon"], "soon"),
         (vec!["user", "group", "ann", "nowhere"], "nowhere"),
         (vec!["lease", "release", "00112233445566778899aabbccddeeff"], "boot"),
     ] {

@@ -196,7 +196,6 @@ impl Ledger {
             held = Taken::of(&purse, amount).map(|taken| (quota, taken)).ok_or(refused);
         }
         let (quota, taken) = held?;
-        boot.limited.note(user.id, ask.key.id, &quota);
 
         let line = Line {
             sequence: boot.sequence.fetch_add(1, Ordering::Relaxed) + 1,
@@ -526,6 +525,7 @@ async fn hold(
         Ok(quota) => quota,
         Err(refused) => return Ok(Err(refused)),
     };
+    boot.limited.note(key, &quota);
     let taken = boot.cover(purse, amount).await?;
     Ok(taken.map(|taken| (quota, taken)).ok_or(Error::QuotaExceeded))
 }

@@ -11,60 +11,72 @@ use crate::users::{Key, Period, Spending};
 #[derive(Debug, Default)]
 #[must_use]
 pub(super) struct Quota {
-    /// Only those that are limited.
-    of: [Option<Arc<Spending>>; 2],
+    of: [Option<Held>; 2],
+}
+
+/// What is held against one of them.
+#[derive(Debug)]
+struct Held {
+    spending: Arc<Spending>,
     amount: i64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.amount > 0 {
+            self.spending.release(self.amount);
+        }
+    }
 }
 
 impl Quota {
     /// Holds `amount`; fails with what a client is told where a limit does not allow it.
     pub fn hold(key: &Key, amount: i64) -> Result<Quota, Error> {
-        let (now, mut quota) = (now_ms(), Quota { of: [None, None], amount });
+        let (now, mut quota) = (now_ms(), Quota::default());
         let owners = [(&key.spending, &OF_KEY), (&key.user.spending, &OF_USER)];
         for (place, (spending, names)) in quota.of.iter_mut().zip(owners) {
             if spending.is_limited() {
                 // What the key holds by then goes back.
                 spending.hold(amount, now).map_err(|period| reached(names, period))?;
-                *place = Some(spending.clone());
+                *place = Some(Held { spending: spending.clone(), amount });
             }
         }
         Ok(quota)
     }
 
-    /// Takes another hold of the same call in.
-    pub fn add(&mut self, mut more: Quota) {
-        self.amount += std::mem::take(&mut more.amount);
+    /// Takes a further hold of the same call in, which may be against a limit that was not there before.
+    pub fn add(&mut self, more: Quota) {
+        for (place, more) in self.of.iter_mut().zip(more.of) {
+            match (place, more) {
+                (Some(held), Some(mut more)) => held.amount += std::mem::take(&mut more.amount),
+                (place @ None, more) => *place = more,
+                (Some(_), None) => {}
+            }
+        }
     }
 
     /// Holds as much of `amount` as the limits allow beside what is held; returns how much.
     pub fn extend(&mut self, amount: i64) -> i64 {
-        let (now, mut got) = (now_ms(), amount.max(0));
-        let mut before = Vec::new();
-        for spending in self.of.iter().flatten() {
-            let held = spending.hold_up_to(got, now);
-            before.iter().for_each(|earlier: &&Arc<Spending>| earlier.release(got - held));
-            before.push(spending);
-            got = held;
+        let now = now_ms();
+        let mut got = amount.max(0);
+        let mut extended: Vec<&mut Held> = Vec::new();
+        for held in self.of.iter_mut().flatten() {
+            let more = held.spending.hold_up_to(got, now);
+            for earlier in &mut extended {
+                earlier.spending.release(got - more);
+                earlier.amount -= got - more;
+            }
+            held.amount += more;
+            got = more;
+            extended.push(held);
         }
-        self.amount += got;
         got
     }
 
     /// The call has ended: its line is END `ordinal` of `boot`.
-    pub fn charge(mut self, charged: i64, boot: BootId, ordinal: u64) {
-        let held = std::mem::take(&mut self.amount);
-        for spending in self.of.iter().flatten() {
-            spending.charge(held, charged, boot, ordinal);
-        }
-    }
-}
-
-impl Drop for Quota {
-    fn drop(&mut self) {
-        if self.amount > 0 {
-            for spending in self.of.iter().flatten() {
-                spending.release(self.amount);
-            }
+    pub fn charge(self, charged: i64, boot: BootId, ordinal: u64) {
+        for mut held in self.of.into_iter().flatten() {
+            held.spending.charge(std::mem::take(&mut held.amount), charged, boot, ordinal);
         }
     }
 }
@@ -75,10 +87,10 @@ pub(super) struct Limited(Mutex<HashMap<Owner, Arc<Spending>>>);
 
 impl Limited {
     /// Remembers whoever `quota` is held against.
-    pub fn note(&self, user_id: i64, key_id: i64, quota: &Quota) {
-        for (spending, owner) in quota.of.iter().zip([Owner::Key(key_id), Owner::User(user_id)]) {
-            if let Some(spending) = spending {
-                self.lock().entry(owner).or_insert_with(|| spending.clone());
+    pub fn note(&self, key: &Key, quota: &Quota) {
+        for (held, owner) in quota.of.iter().zip([Owner::Key(key.id), Owner::User(key.user.id)]) {
+            if let Some(held) = held {
+                self.lock().entry(owner).or_insert_with(|| held.spending.clone());
             }
         }
     }
@@ -127,4 +139,47 @@ fn reached([total, day, month]: &[&'static str; 3], period: Period) -> Error {
         Period::Month => month,
     };
     Error::LimitReached { which }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Spent;
+    use crate::users::Limits;
+
+    fn limited(total: i64) -> Arc<Spending> {
+        let spending = Arc::new(Spending::default());
+        spending.limit(Limits { total: Some(total), ..Limits::default() }, Spent::default(), now_ms());
+        spending
+    }
+
+    fn held(spending: &Arc<Spending>, amount: i64) -> Option<Held> {
+        spending.hold(amount, now_ms()).unwrap();
+        Some(Held { spending: spending.clone(), amount })
+    }
+
+    fn room(spending: &Spending) -> i64 {
+        spending.room(now_ms()).unwrap().0
+    }
+
+    #[test]
+    fn a_limit_that_is_set_while_a_call_runs_gets_back_what_its_slices_held() {
+        let (key, user) = (limited(100), limited(100));
+        let mut quota = Quota { of: [held(&key, 10), None] };
+        quota.add(Quota { of: [held(&key, 20), held(&user, 20)] });
+        assert_eq!((room(&key), room(&user)), (70, 80));
+        drop(quota);
+        assert_eq!((room(&key), room(&user)), (100, 100));
+    }
+
+    #[test]
+    fn a_cost_beyond_the_hold_is_held_as_far_as_both_limits_allow() {
+        let (key, user) = (limited(100), limited(50));
+        let mut quota = Quota { of: [held(&key, 10), held(&user, 10)] };
+        assert_eq!(quota.extend(200), 40);
+        assert_eq!((room(&key), room(&user)), (50, 0));
+        quota.charge(45, [7; 16], 1);
+        assert_eq!((room(&key), room(&user)), (55, 5));
+        assert_eq!(Quota::default().extend(7), 7, "without a limit there is none");
+    }
 }

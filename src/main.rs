@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use gpt_cat::admin::cli::{Cli, Command, ConfigCommand, Desk, PricesCommand, import_prices};
+use gpt_cat::admin::cli::{Cli, Command, ConfigCommand, PricesCommand};
+use gpt_cat::admin::desk::{Desk, import_prices};
 use gpt_cat::config::{Config, Files, LogFormat};
 use gpt_cat::server::{Doors, Server};
 use gpt_cat::store::{MasterKey, Store};

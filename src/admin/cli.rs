@@ -1,23 +1,11 @@
-//! The subcommands. Each opens the database itself, so it works with and without a server beside it.
+//! The subcommands, as they are typed.
 
-use std::fs::File;
-use std::io::{self, BufRead, IsTerminal, Read, Write};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use serde_json::{Value, json};
 
-use super::listing::Listing;
-use super::{NewKey, hint, show};
-use crate::config::Config;
-use crate::config::decimal::{Nano, parse_nano};
-use crate::config::import;
-use crate::store::{
-    BootId, DayFilter, LineCheck, LineCost, LineFilter, MasterKey, NewAccount, NewGroup, NewLimits, Store, StoreError,
-    UserRow, day_of, now_ms, unhex,
-};
-use crate::users::hash_key;
+use crate::config::decimal::parse_nano;
+use crate::store::{DayFilter, LineFilter, NewLimits, day_of, now_ms};
 
 /// A gateway for large language models: keys, balances and a pool of accounts behind OpenAI's API.
 #[derive(Debug, Parser)]
@@ -171,24 +159,24 @@ pub enum KeyCommand {
 pub struct KeyLimits {
     /// What may be charged to it in all: an amount, or none
     #[arg(long, value_parser = limit)]
-    limit: Option<Limit>,
+    pub(super) limit: Option<Limit>,
     /// Each day (UTC)
     #[arg(long, value_parser = limit)]
-    day: Option<Limit>,
+    pub(super) day: Option<Limit>,
     /// Each month (UTC)
     #[arg(long, value_parser = limit)]
-    month: Option<Limit>,
+    pub(super) month: Option<Limit>,
     /// Models that it may call, separated by commas; "all" for those of the user's group
     #[arg(long, value_delimiter = ',')]
-    models: Option<Vec<String>>,
+    pub(super) models: Option<Vec<String>>,
     /// When it ends, such as 2026-12-31T00:00:00Z, or none
     #[arg(long, value_name = "MOMENT", value_parser = expiry)]
-    expires: Option<Limit>,
+    pub(super) expires: Option<Limit>,
 }
 
 /// A number, or `none`.
 #[derive(Clone, Copy, Debug)]
-pub struct Limit(Option<i64>);
+pub struct Limit(pub(super) Option<i64>);
 
 #[derive(Debug, Subcommand)]
 pub enum CodeCommand {
@@ -271,28 +259,28 @@ pub enum AccountCommand {
 pub struct AccountArgs {
     /// An endpoint of the configuration
     #[arg(long)]
-    endpoint: String,
+    pub(super) endpoint: String,
     /// [default: the endpoint's name]
     #[arg(long)]
-    name: Option<String>,
+    pub(super) name: Option<String>,
     /// The variable that holds the key
     #[arg(long, value_name = "VARIABLE")]
-    key_env: Option<String>,
+    pub(super) key_env: Option<String>,
     /// Calls in flight at most [default: pool.concurrency of the configuration]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
-    limit: Option<u32>,
+    pub(super) limit: Option<u32>,
     /// Instead of the endpoint's
     #[arg(long)]
-    base_url: Option<String>,
+    pub(super) base_url: Option<String>,
     /// Models it serves, separated by commas [default: all of its endpoint's]
     #[arg(long, value_delimiter = ',')]
-    models: Option<Vec<String>>,
+    pub(super) models: Option<Vec<String>>,
     /// Its share of the calls, beside the others of its tier
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    weight: u32,
+    pub(super) weight: u32,
     /// Lower tiers are used up first
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000))]
-    tier: u32,
+    pub(super) tier: u32,
 }
 
 #[derive(Debug, Subcommand)]
@@ -322,9 +310,9 @@ pub enum ConfigCommand {
 #[command(args_conflicts_with_subcommands = true)]
 pub struct UsageArgs {
     #[command(subcommand)]
-    command: Option<UsageCommand>,
+    pub(super) command: Option<UsageCommand>,
     #[command(flatten)]
-    shown: ShownUsage,
+    pub(super) shown: ShownUsage,
 }
 
 #[derive(Debug, Subcommand)]
@@ -350,36 +338,36 @@ pub enum UsageCommand {
 #[derive(Debug, Args)]
 pub struct ShownUsage {
     #[arg(long)]
-    user: Option<String>,
+    pub(super) user: Option<String>,
     /// A key's id, as `key list` shows it
     #[arg(long)]
-    key: Option<i64>,
+    pub(super) key: Option<i64>,
     #[arg(long)]
-    model: Option<String>,
+    pub(super) model: Option<String>,
     /// An account's name
     #[arg(long)]
-    account: Option<String>,
+    pub(super) account: Option<String>,
     /// How they ended, such as complete or client_gone
     #[arg(long, value_parser = END_REASONS)]
-    end_reason: Option<String>,
+    pub(super) end_reason: Option<String>,
     /// Calls that began within so many hours
     #[arg(long, value_name = "HOURS", value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "since")]
-    hours: Option<u32>,
+    pub(super) hours: Option<u32>,
     /// Calls that began at this moment or later, such as 2026-01-31T00:00:00Z
     #[arg(long, value_name = "MOMENT", value_parser = moment_ms)]
-    since: Option<i64>,
+    pub(super) since: Option<i64>,
     /// Calls that began before this moment
     #[arg(long, value_name = "MOMENT", value_parser = moment_ms)]
-    until: Option<i64>,
+    pub(super) until: Option<i64>,
     /// At most this many lines
     #[arg(long, default_value_t = 100)]
-    limit: u32,
+    pub(super) limit: u32,
     /// What each day (UTC) came to by user, key and model; these sums stay when lines are forgotten
     #[arg(long, conflicts_with_all = ["account", "end_reason", "hours"])]
-    per_day: bool,
+    pub(super) per_day: bool,
     /// Print CSV (RFC 4180) instead of a table
     #[arg(long, conflicts_with = "json")]
-    csv: bool,
+    pub(super) csv: bool,
 }
 
 const END_REASONS: [&str; 7] = ["complete", "length", "client_gone", "failed", "upstream_error", "crashed", "drained"];
@@ -407,262 +395,6 @@ fn ratio(text: &str) -> Result<i64, String> {
     if (0..=1_000_000_000).contains(&micro) { Ok(micro) } else { Err("expected 0 to 1000".into()) }
 }
 
-/// A debit asks nodes for leased money this often, and so many times.
-const DEBIT_AGAIN: Duration = Duration::from_millis(500);
-const DEBIT_TRIES: u32 = 6;
-/// Who asks for it: no boot has this id.
-const OPERATOR: BootId = [0; 16];
-
-/// A key is no longer than this.
-const KEY_BYTES_MAX: u64 = 8 << 10;
-
-type Failure = Box<dyn std::error::Error + Send + Sync>;
-
-/// What a subcommand works on.
-pub struct Desk<'a> {
-    pub config: &'a Config,
-    pub store: &'a Store,
-    pub master: &'a MasterKey,
-    pub check_line: LineCheck,
-    pub line_cost: LineCost,
-    pub json: bool,
-}
-
-impl Desk<'_> {
-    /// Runs a subcommand that is not `serve`; false when it found something wrong.
-    pub async fn run(&self, command: Command) -> Result<bool, Failure> {
-        let store = self.store;
-        match command {
-            Command::Serve | Command::Prices(_) => Err("this is not a subcommand of the desk".into()),
-            Command::User(UserCommand::Add { name, balance, group }) => self.add_user(name, balance, group).await,
-            Command::User(UserCommand::List) => self.print(&show::users(store).await?),
-            Command::User(UserCommand::Show { name }) => self.print(&show::user(store, name).await?),
-            Command::User(UserCommand::Credit { name, amount, note }) => {
-                store.credit(name.clone(), amount, note).await?;
-                self.print(&show::user(store, name).await?)
-            }
-            Command::User(UserCommand::Debit { name, amount, note }) => {
-                let debit = || store.debit(name.clone(), amount, note.clone());
-                self.with_leases(&name, debit).await
-            }
-            Command::User(UserCommand::Group { name, group }) => {
-                store.set_group(name.clone(), group).await?;
-                self.print(&show::user(store, name).await?)
-            }
-            Command::Group(GroupCommand::List) => self.print(&show::groups(store).await?),
-            Command::Group(GroupCommand::Set { name, ratio, models, concurrency, requests_per_minute }) => {
-                let above_zero = |limit: u32| (limit > 0).then_some(limit);
-                let group = NewGroup {
-                    name,
-                    ratio_micro: ratio,
-                    models: models.map(all_or),
-                    concurrency: concurrency.map(above_zero),
-                    requests_per_minute: requests_per_minute.map(above_zero),
-                };
-                store.put_group(group).await?;
-                self.print(&show::groups(store).await?)
-            }
-            Command::Lease(LeaseCommand::List) => self.print(&show::leases(store).await?),
-            Command::Lease(LeaseCommand::Release { boot }) => {
-                let boot = unhex(&boot).ok_or("a boot is 32 hexadecimal digits, as `lease list` shows them")?;
-                let released = store.release_boot(boot, self.config.ledger.silent_ms() as i64).await?;
-                self.print(&Listing::one(&["released"], vec![Nano(released).to_string().into()]))
-            }
-            Command::User(UserCommand::EditBalance { name, amount, note }) => {
-                let edit = || store.set_balance(name.clone(), amount, note.clone());
-                self.with_leases(&name, edit).await
-            }
-            Command::User(UserCommand::Limit { name, day, month }) => {
-                let limits = NewLimits {
-                    day_nano: day.map(|day| day.0),
-                    month_nano: month.map(|month| month.0),
-                    ..NewLimits::default()
-                };
-                store.limit_user(name.clone(), limits).await?;
-                self.print(&show::user(store, name).await?)
-            }
-            Command::User(UserCommand::Freeze { name, until_credit }) => self.freeze(name, true, until_credit).await,
-            Command::User(UserCommand::Unfreeze { name }) => self.freeze(name, false, false).await,
-            Command::Key(KeyCommand::Add { user, name, limits }) => self.add_key(user, name, limits).await,
-            Command::Key(KeyCommand::Set { id, limits }) => {
-                store.limit_key(id, limits.into()).await?;
-                self.done("changed")
-            }
-            Command::Code(CodeCommand::Add { amount, count, expires, note }) => {
-                self.add_codes(amount, count, expires, note).await
-            }
-            Command::Code(CodeCommand::List) => self.print(&show::codes(store).await?),
-            Command::Code(CodeCommand::Revoke { id }) => {
-                store.revoke_code(id).await?;
-                self.done("revoked")
-            }
-            Command::Code(CodeCommand::Redeem { code, user }) => {
-                let id = store.user(user.clone()).await?.id;
-                store.redeem(id, hash_key(code.trim())).await?;
-                self.print(&show::user(store, user).await?)
-            }
-            Command::Key(KeyCommand::List { user }) => self.print(&show::keys(store, user).await?),
-            Command::Key(KeyCommand::Revoke { id }) => {
-                store.revoke_key(id).await?;
-                self.done("revoked")
-            }
-            Command::Account(AccountCommand::Add(args)) => self.add_account(args).await,
-            Command::Account(AccountCommand::List) => self.print(&show::accounts(store).await?),
-            Command::Account(AccountCommand::Enable { name }) => {
-                store.set_account_enabled(name, true).await?;
-                self.done("enabled")
-            }
-            Command::Account(AccountCommand::Disable { name }) => {
-                store.set_account_enabled(name, false).await?;
-                self.done("disabled")
-            }
-            Command::Account(AccountCommand::Remove { name }) => {
-                store.remove_account(name).await?;
-                self.done("removed")
-            }
-            Command::Model(ModelCommand::List) => self.print(&show::models(self.config)),
-            Command::Usage(args) => {
-                let UsageArgs { command, shown } = args;
-                if let Some(UsageCommand::Recompute { user, model, since, until, .. }) = command {
-                    let filter = LineFilter { user, model, since_ms: since, until_ms: until, ..LineFilter::default() };
-                    return self.print(&show::recompute(store, self.config, filter, self.line_cost).await?);
-                }
-                let csv = shown.csv;
-                let listing = match shown.per_day {
-                    true => show::usage_per_day(store, shown.day_filter()).await?,
-                    false => show::usage(store, shown.filter()).await?,
-                };
-                if csv {
-                    write(listing.csv()?.trim_end())?;
-                    return Ok(true);
-                }
-                self.print(&listing)
-            }
-            Command::Audit => self.audit().await,
-            Command::Config(ConfigCommand::Check) => self.done("the configuration is good"),
-        }
-    }
-
-    async fn add_user(&self, name: String, balance: i64, group: String) -> Result<bool, Failure> {
-        let new = NewKey::random();
-        self.store.add_user(name.clone(), group, balance, Some((new.hash, new.hint))).await?;
-        self.print(&Listing::one(&["user", "key"], vec![name.into(), new.key.into()]))
-    }
-
-    /// Takes money; what nodes have leased and free is called back for it.
-    async fn with_leases<F>(&self, name: &str, take: impl Fn() -> F) -> Result<bool, Failure>
-    where
-        F: Future<Output = Result<UserRow, StoreError>>,
-    {
-        for _ in 0..DEBIT_TRIES {
-            match take().await {
-                Ok(_) => return self.print(&show::user(self.store, name.to_owned()).await?),
-                Err(StoreError::Refused(_)) if self.store.user(name.to_owned()).await?.leased_nano > 0 => {}
-                Err(error) => return Err(error.into()),
-            }
-            let user = self.store.user(name.to_owned()).await?;
-            self.store.ask_back(user.id, OPERATOR).await?;
-            tokio::time::sleep(DEBIT_AGAIN).await;
-        }
-        let user = self.store.user(name.to_owned()).await?;
-        let (balance, leased) = (Nano(user.balance_nano), Nano(user.leased_nano));
-        Err(format!("the balance has {balance}; calls that are running have {leased} more: freeze the user, or wait")
-            .into())
-    }
-
-    async fn freeze(&self, name: String, frozen: bool, until_credit: bool) -> Result<bool, Failure> {
-        self.store.set_frozen(name.clone(), frozen, until_credit).await?;
-        self.print(&show::user(self.store, name).await?)
-    }
-
-    async fn add_codes(&self, amount: i64, count: u32, expires: Option<i64>, note: String) -> Result<bool, Failure> {
-        if amount == 0 {
-            return Err("a code must be worth something".into());
-        }
-        let (mut texts, mut rows) = (Vec::new(), Vec::new());
-        for _ in 0..count {
-            let NewKey { key, hash, hint } = NewKey::code();
-            texts.push(key);
-            rows.push((hash, hint));
-        }
-        let ids = self.store.add_codes(rows, amount, expires, note).await?;
-        let amount: Value = Nano(amount).to_string().into();
-        let rows = ids.into_iter().zip(texts).map(|(id, code)| vec![id.into(), code.into(), amount.clone()]);
-        self.print(&Listing::list(&["id", "code", "amount"], rows.collect()))
-    }
-
-    async fn add_key(&self, user: String, name: String, limits: KeyLimits) -> Result<bool, Failure> {
-        let new = NewKey::random();
-        let id = self.store.add_key(user.clone(), new.hash, new.hint, name, limits.into()).await?;
-        self.print(&Listing::one(&["id", "user", "key"], vec![id.into(), user.into(), new.key.into()]))
-    }
-
-    async fn add_account(&self, args: AccountArgs) -> Result<bool, Failure> {
-        let AccountArgs { endpoint, name, key_env, limit, base_url, models, weight, tier } = args;
-        let Some(configured) = self.config.endpoints.get(&endpoint) else {
-            let known: Vec<&str> = self.config.endpoints.keys().map(String::as_str).collect();
-            return Err(format!("there is no endpoint '{endpoint}'; there are: {}", known.join(", ")).into());
-        };
-        if let Some(unknown) = models.iter().flatten().find(|model| !configured.models.contains(model)) {
-            return Err(format!("the endpoint '{endpoint}' does not serve the model '{unknown}'").into());
-        }
-        if let Some(url) = &base_url
-            && !(url.starts_with("http://") || url.starts_with("https://"))
-        {
-            return Err("--base-url must begin with http:// or https://".into());
-        }
-        let key = match key_env {
-            Some(variable) => std::env::var(&variable).map_err(|_| format!("the variable {variable} is not set"))?,
-            None => key_from_input()?,
-        };
-        let key = key.trim();
-        if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err("the key must be printable ASCII without spaces, and not empty".into());
-        }
-        let name = name.unwrap_or_else(|| endpoint.clone());
-        let account = NewAccount {
-            name: name.clone(),
-            endpoint: endpoint.clone(),
-            sealed_key: self.master.seal(key),
-            hint: hint(key),
-            base_url: base_url.map(|url| url.trim_end_matches('/').to_owned()),
-            models,
-            weight,
-            tier,
-            concurrency: limit,
-        };
-        let id = self.store.add_account(account).await?;
-        self.print(&Listing::one(&["id", "account", "endpoint"], vec![id.into(), name.into(), endpoint.into()]))
-    }
-
-    async fn audit(&self) -> Result<bool, Failure> {
-        let (listing, wrong) = show::audit(self.store, self.check_line).await?;
-        if self.json {
-            let findings: Value = wrong.iter().map(String::as_str).collect();
-            write(&json!({ "users": listing.json(), "findings": findings }).to_string())?;
-        } else {
-            write(&listing.text())?;
-            for finding in &wrong {
-                write(&format!("WRONG: {finding}"))?;
-            }
-            if wrong.is_empty() {
-                write("Everything adds up.")?;
-            }
-        }
-        Ok(wrong.is_empty())
-    }
-
-    fn print(&self, listing: &Listing) -> Result<bool, Failure> {
-        write(&if self.json { listing.json().to_string() } else { listing.text() })?;
-        Ok(true)
-    }
-
-    fn done(&self, what: &'static str) -> Result<bool, Failure> {
-        write(&if self.json { json!({ "done": what }).to_string() } else { what.to_owned() })?;
-        Ok(true)
-    }
-}
-
 impl From<KeyLimits> for NewLimits {
     fn from(KeyLimits { limit, day, month, models, expires }: KeyLimits) -> NewLimits {
         let number = |limit: Option<Limit>| limit.map(|limit| limit.0);
@@ -677,12 +409,12 @@ impl From<KeyLimits> for NewLimits {
 }
 
 /// "all" stands for no list.
-fn all_or(models: Vec<String>) -> Option<Vec<String>> {
+pub(super) fn all_or(models: Vec<String>) -> Option<Vec<String>> {
     (models != ["all"]).then_some(models)
 }
 
 impl ShownUsage {
-    fn day_filter(self) -> DayFilter {
+    pub(super) fn day_filter(self) -> DayFilter {
         DayFilter {
             user: self.user,
             key_id: self.key,
@@ -694,7 +426,7 @@ impl ShownUsage {
         }
     }
 
-    fn filter(self) -> LineFilter {
+    pub(super) fn filter(self) -> LineFilter {
         let within = self.hours.map(|hours| now_ms() - i64::from(hours) * 3_600_000);
         LineFilter {
             user: self.user,
@@ -707,42 +439,4 @@ impl ShownUsage {
             limit: self.limit,
         }
     }
-}
-
-/// Writes a file of prices, whole or not at all. Needs no configuration: a model may have no price but the one in it.
-pub fn import_prices(list: &Path, models: &[String], to: &Path, json: bool) -> Result<(), Failure> {
-    let mut text = String::new();
-    let mut from: Box<dyn Read> = match list.as_os_str() == "-" {
-        true => Box::new(io::stdin()),
-        false => Box::new(File::open(list).map_err(|error| format!("{}: {error}", list.display()))?),
-    };
-    from.by_ref().take(import::LIST_BYTES_MAX as u64 + 1).read_to_string(&mut text)?;
-    let imported = import::litellm(&text, models).map_err(|what| format!("{}: {what}", list.display()))?;
-    let unfinished = to.with_extension("toml.new");
-    let written = std::fs::write(&unfinished, &imported.text).and_then(|()| std::fs::rename(&unfinished, to));
-    written.map_err(|error| format!("{}: {error}", to.display()))?;
-    let (path, count) = (to.display().to_string(), imported.models);
-    write(&match json {
-        true => json!({ "file": path, "models": count, "skipped": imported.skipped }).to_string(),
-        false => format!(
-            "{path}: prices of {count} models; {} entries of the list have none by tokens or by call",
-            imported.skipped.len()
-        ),
-    })?;
-    Ok(())
-}
-
-/// A reader that has gone (`| head`) is an error like any other, and no panic.
-fn write(text: &str) -> io::Result<()> {
-    writeln!(io::stdout().lock(), "{text}")
-}
-
-/// Not an argument, which every user of the machine could read.
-fn key_from_input() -> io::Result<String> {
-    let mut key = String::new();
-    if io::stdin().is_terminal() {
-        eprint!("key: ");
-    }
-    io::stdin().lock().take(KEY_BYTES_MAX).read_line(&mut key)?;
-    Ok(key)
 }

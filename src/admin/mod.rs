@@ -2,6 +2,7 @@
 
 mod api;
 pub mod cli;
+pub mod desk;
 mod first;
 mod listing;
 mod show;

@@ -37,7 +37,9 @@ fn assert_is_checked(config: &Config) {
     for model in config.models.values() {
         let price = model.price;
         assert!(
-            [price.input_nano, price.cached_input_nano, price.output_nano, price.per_call_nano].iter().all(|p| *p >= 0)
+            [price.rates.input_nano, price.rates.cached_input_nano, price.rates.output_nano, price.per_call_nano]
+                .iter()
+                .all(|p| *p >= 0)
         );
         assert!(model.max_output > 0 && model.max_output <= model.context);
     }

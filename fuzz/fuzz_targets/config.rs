@@ -35,7 +35,7 @@ fn assert_is_checked(config: &Config) {
         assert!(endpoint.mapping.keys().all(|model| endpoint.models.contains(model)));
     }
     for model in config.models.values() {
-        let price = model.price;
+        let price = &model.price;
         assert!(
             [price.rates.input_nano, price.rates.cached_input_nano, price.rates.output_nano, price.per_call_nano]
                 .iter()

@@ -41,6 +41,8 @@ pub enum Error {
     ModelForbidden { model: String },
     /// No endpoint serves this model.
     ModelUnknown { model: String },
+    /// The model is served, but not at this path.
+    ModelUnsuited { model: String, path: &'static str },
     /// No route of ours.
     PathUnknown { path: String },
     /// A route of ours, another method.
@@ -116,6 +118,7 @@ mod rows {
     row!(USER_FROZEN        "user_frozen"          403 "permission_error",    Some("user_frozen"),              Client,   false);
     row!(MODEL_FORBIDDEN    "model_forbidden"      403 "permission_error",    Some("model_not_allowed"),        Client,   false);
     row!(MODEL_UNKNOWN      "model_unknown"        404 INVALID,               Some("model_not_found"),          Client,   false);
+    row!(MODEL_UNSUITED     "model_unsuited"       400 INVALID,               Some("unsupported_path"),         Client,   false);
     row!(PATH_UNKNOWN       "path_unknown"         404 INVALID,               Some("unknown_url"),              Client,   false);
     row!(METHOD_NOT_ALLOWED "method_not_allowed"   405 INVALID,               Some("method_not_allowed"),       Client,   false);
     row!(BODY_INVALID       "body_invalid"         400 INVALID,               None,                             Client,   false);
@@ -153,6 +156,7 @@ impl Error {
             Error::UserFrozen => &rows::USER_FROZEN,
             Error::ModelForbidden { .. } => &rows::MODEL_FORBIDDEN,
             Error::ModelUnknown { .. } => &rows::MODEL_UNKNOWN,
+            Error::ModelUnsuited { .. } => &rows::MODEL_UNSUITED,
             Error::PathUnknown { .. } => &rows::PATH_UNKNOWN,
             Error::MethodNotAllowed { .. } => &rows::METHOD_NOT_ALLOWED,
             Error::BodyInvalid { .. } => &rows::BODY_INVALID,
@@ -206,7 +210,9 @@ impl Error {
         let (kind, code, param) = match self {
             Error::UpstreamRefused { kind, code, param, .. } => (kind.as_str(), code.as_deref(), param.as_deref()),
             Error::BodyInvalid { param, .. } => (row.kind, row.code, param.as_deref()),
-            Error::ModelForbidden { .. } | Error::ModelUnknown { .. } => (row.kind, row.code, Some("model")),
+            Error::ModelForbidden { .. } | Error::ModelUnknown { .. } | Error::ModelUnsuited { .. } => {
+                (row.kind, row.code, Some("model"))
+            }
             _ => (row.kind, row.code, None),
         };
         let body = serde_json::json!({
@@ -228,10 +234,14 @@ impl fmt::Display for Error {
             Error::ModelUnknown { model } => {
                 write!(f, "The model '{model}' does not exist here. GET /v1/models lists those that do.")
             }
+            Error::ModelUnsuited { model, path } => {
+                write!(f, "The model '{model}' cannot be called at /v1{path}.")
+            }
             Error::PathUnknown { path } => write!(
                 f,
-                "Unknown path '{path}'. There are: POST /v1/chat/completions, GET /v1/models, GET /v1/models/{{id}}, \
-                 GET /v1/usage (each also without /v1), GET /healthz and GET /readyz."
+                "Unknown path '{path}'. There are: POST /v1/chat/completions, /v1/completions, /v1/embeddings, \
+                 /v1/moderations, /v1/rerank, /v1/images/…, /v1/audio/…; GET /v1/models, /v1/models/{{id}}, /v1/usage, \
+                 /v1/dashboard/billing/subscription and …/usage (each also without /v1); GET /healthz and /readyz."
             ),
             Error::MethodNotAllowed { allowed } => write!(f, "This path takes {allowed}."),
             Error::BodyInvalid { param: Some(param), reason } => write!(f, "'{param}': {reason}."),

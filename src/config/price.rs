@@ -59,6 +59,11 @@ impl Price {
         Price { rates: Rates::plain(input_nano, output_nano), ..Price::default() }
     }
 
+    /// Whether it depends on tokens.
+    pub fn is_by_tokens(&self) -> bool {
+        self.rates != Rates::default() || !self.tiers.is_empty()
+    }
+
     /// The rates for a prompt of so many tokens, and which tier that is: 0 is the first, without a bound.
     pub fn rates_for(&self, input: u64) -> (usize, &Rates) {
         let tier = self.tiers.iter().take_while(|tier| input > tier.above).count();

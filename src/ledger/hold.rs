@@ -18,7 +18,7 @@ use crate::catalog::Model;
 use crate::config::LowBalance;
 use crate::error::Error;
 use crate::meter::Usage;
-use crate::request::Head;
+use crate::request::{Form, Head};
 use crate::store::{Billed, EndReason, Line, now_ms};
 use crate::users::Key;
 
@@ -67,6 +67,8 @@ pub struct Ended {
     pub content: bool,
     /// The upstream may bill although nothing was handed over: it was called, and not heard to refuse.
     pub may_be_billed: bool,
+    /// An answer that is no text: `output` says nothing of it.
+    pub unmeasured: bool,
 }
 
 /// A call that is open: its hold, its place in the journal, its line so far.
@@ -99,6 +101,8 @@ struct Inner {
     sliceable: bool,
     /// Tokens of output, over all choices, that the model can bill.
     output_max: u64,
+    /// Answers that begin with their prompt, which is no output of the model.
+    echoes: u64,
     /// What `max_tokens` has to be set to, because the money covers no more.
     clamp: Option<u64>,
     /// The upstream was called: it may bill.
@@ -108,6 +112,7 @@ struct Inner {
     output: u64,
     estimated: bool,
     content: bool,
+    unmeasured: bool,
     /// What the upstream said of an answer that its client did not stay for.
     upstream_bills: Option<Usage>,
 }
@@ -133,6 +138,7 @@ impl Ended {
             estimated: false,
             tool_calls: 0,
             content: false,
+            unmeasured: false,
         }
     }
 }
@@ -159,18 +165,22 @@ impl Ledger {
         let (count, alone) =
             CallCount::enter(&purse, group.concurrency).ok_or(Error::TooManyCalls { retry_after_s: 1 })?;
         let habit = self.habit(&model.name);
-        let n = u64::from(ask.head.n);
+        let (head, n) = (ask.head, u64::from(ask.head.generated));
         let unseen = model.bills_unseen || habit.bills_unseen.load(Ordering::Relaxed);
-        let wanted = match ask.head.max_tokens {
-            Some(max_tokens) => max_tokens.min(model.max_output.max(1)),
-            None if unseen => model.max_output,
-            None => habit.usual_output(model.max_output),
-        }
-        .saturating_mul(n);
-
         let mut prompt = PromptText::new(&ask, model);
-        let shape = ask.head.prompt;
-        let dearest = |input| Dearest::of(&model.price, input, shape.images > 0, shape.opaque, group.ratio_micro);
+        let echoes = if head.echo { u64::from(head.n) } else { 0 };
+        let each = match (head.api.form, head.max_tokens) {
+            (Form::Embedding, _) => 0,
+            (Form::Json | Form::Multipart, _) => model.max_output,
+            (_, Some(max_tokens)) => max_tokens.min(model.max_output.max(1)),
+            (_, None) if unseen => model.max_output,
+            (_, None) => habit.usual_output(model.max_output),
+        };
+        let wanted = each.saturating_mul(n).saturating_add(prompt.bound.saturating_mul(echoes));
+        let (shape, units) = (head.prompt, head.units());
+        let dearest = |input| {
+            Dearest::of(&model.price, input, shape.images > 0, shape.opaque, group.ratio_micro).for_units(units)
+        };
         let cost = |input, output| dearest(input).cost_nano(input, output);
         let (mut covered, mut clamp) = (wanted, None);
         let mut held = hold(&boot, &purse, ask.key, cost(prompt.bound, wanted)).await?;
@@ -185,7 +195,7 @@ impl Ledger {
         if let Err(refused) = held {
             let input = prompt.to_hold();
             let each = dearest(input).output_affordable(input, room(&purse, ask.key)) / n;
-            let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen;
+            let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen && head.is_clampable();
             if !clampable || each < OUTPUT_CLAMPED_MIN.min(wanted / n) {
                 return Err(refused);
             }
@@ -222,6 +232,7 @@ impl Ledger {
             usage_image_input: None,
             usage_audio_output: None,
             usage_image_output: None,
+            units,
             counted_input: None,
             counted_output: None,
             billed: Billed::Nothing,
@@ -255,7 +266,8 @@ impl Ledger {
             quota,
             covered,
             marked: 0,
-            output_max: model.max_output.max(ask.head.max_tokens.unwrap_or(0)).saturating_mul(n),
+            output_max: model.max_output.max(head.max_tokens.unwrap_or(0)).saturating_mul(n),
+            echoes,
             sliceable: !unseen && clamp.is_none(),
             clamp,
             called: false,
@@ -263,6 +275,7 @@ impl Ledger {
             output: 0,
             estimated: false,
             content: false,
+            unmeasured: !head.api.is_measured(),
             upstream_bills: None,
         };
         Ok(OpenLine { ledger: self.clone(), boot, inner: Some(Box::new(inner)) })
@@ -313,8 +326,12 @@ impl OpenLine {
         if inner.line.content_after_ms.is_none() {
             inner.line.content_after_ms = Some(elapsed_ms(inner.begun));
         }
-        let mark =
-            Mark { input: inner.prompt.best_guess(), output, hold_nano: inner.held, account_id: inner.line.account_id };
+        let mark = Mark {
+            input: inner.prompt.best_guess(),
+            output: inner.said(output, inner.prompt.bound),
+            hold_nano: inner.held,
+            account_id: inner.line.account_id,
+        };
         inner.marked = output;
         match needed {
             true => boot.journal.mark(&mut inner.place, inner.line.sequence, &mark),
@@ -368,8 +385,8 @@ impl OpenLine {
     /// Whether the end needs the prompt counted, and counting would take too long for a worker: then
     /// [`OpenLine::prepare`] has to be awaited before it.
     pub fn needs_time(&self, usage: Option<Usage>) -> bool {
-        let prompt = &self.inner().prompt;
-        usage.is_none_or(|usage| usage.input > prompt.usage_bound()) && prompt.is_long()
+        let Inner { prompt, unmeasured, .. } = self.inner();
+        !unmeasured && usage.is_none_or(|usage| usage.input > prompt.usage_bound()) && prompt.is_long()
     }
 
     /// Counts a long prompt on a blocking thread, where the end needs it; otherwise returns at once.
@@ -401,9 +418,10 @@ impl Drop for OpenLine {
             tool_calls: 0,
             content: inner.content,
             may_be_billed: inner.called,
+            unmeasured: inner.unmeasured,
         };
         let boot = self.boot.clone();
-        let counts = inner.content && inner.prompt.counted.is_none() && inner.prompt.is_long();
+        let counts = inner.content && !inner.unmeasured && inner.prompt.counted.is_none() && inner.prompt.is_long();
         let settling = Settling(Some((inner, boot, ended)));
         match tokio::runtime::Handle::try_current() {
             // A hand-over: a worker must not count a long prompt in a drop.
@@ -425,6 +443,11 @@ impl Drop for Settling {
 }
 
 impl Inner {
+    /// What of `output` the model said, where its answers begin with a prompt of so many tokens.
+    fn said(&self, output: u64, prompt: u64) -> u64 {
+        output.saturating_sub(prompt.saturating_mul(self.echoes))
+    }
+
     fn may_slice(&self) -> bool {
         self.sliceable && !self.key.user.is_frozen() && !self.key.is_revoked()
     }
@@ -450,6 +473,7 @@ impl Inner {
         line.tier = model.price.rates_for(tokens.input).0 as u32;
         let cost = match line.billed {
             Billed::Nothing => 0,
+            Billed::Hold => *held,
             _ => cost_nano(&model.price, tokens, line.ratio_micro),
         };
         let held_before = *held;
@@ -459,7 +483,8 @@ impl Inner {
         let believed =
             upstream_bills.filter(|usage| usage.input <= prompt.usage_bound() && usage.output <= *output_max);
         if let Some(usage) = believed {
-            let billed = cost_nano(&model.price, usage.into(), line.ratio_micro);
+            let billed = Tokens { units: line.units, ..usage.into() };
+            let billed = cost_nano(&model.price, billed, line.ratio_micro);
             line.absorbed_nano = line.absorbed_nano.max(billed - line.charged_nano);
             note_usage(line, usage);
         }
@@ -494,17 +519,27 @@ impl Inner {
         if !ended.content {
             return; // no content, no charge
         }
-        match ended.usage.filter(|usage| is_sane(usage, &self.prompt, ended, self.output_max)) {
+        let echoed = self.prompt.bound.saturating_mul(self.echoes);
+        match ended.usage.filter(|usage| is_sane(usage, &self.prompt, ended, self.output_max, echoed)) {
             Some(usage) => {
                 line.billed = Billed::Usage;
                 (line.input, line.cached_input, line.output) = (usage.input, usage.cached_input, usage.output);
+            }
+            // Nothing here tells its tokens: none where the price is per call, else the most that was held for.
+            None if ended.unmeasured => {
+                let is_known = !self.model.price.is_by_tokens();
+                line.flagged |= !is_known;
+                line.estimated |= !is_known;
+                line.counted_output = None;
+                line.billed = if is_known { Billed::Count } else { Billed::Hold };
             }
             None => {
                 line.flagged |= ended.usage.is_some();
                 line.billed = Billed::Count;
                 self.prompt.count_here();
                 line.counted_input = Some(self.prompt.to_bill());
-                (line.input, line.output) = (self.prompt.to_bill(), ended.output);
+                let echoed = self.prompt.to_bill().saturating_mul(self.echoes);
+                (line.input, line.output) = (self.prompt.to_bill(), ended.output.saturating_sub(echoed));
                 line.estimated |= self.prompt.counted.is_some_and(|counted| counted.estimated);
             }
         }
@@ -543,11 +578,13 @@ fn note_usage(line: &mut Line, usage: Usage) {
 }
 
 /// Design.md §4 (7): prompt within its bound, output within half and double of the count, unseen reasoning excepted.
-fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended, output_max: u64) -> bool {
+/// `echoed` tokens at most of what was counted are the prompt's.
+fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended, output_max: u64, echoed: u64) -> bool {
     let counted = ended.output;
     let slack = SANE_SLACK_TOKENS + ended.tool_calls * TOOL_CALL_SLACK_TOKENS;
     let near = |output: u64| {
-        output.saturating_add(slack) >= counted / 2 && output <= counted.saturating_mul(2).saturating_add(slack)
+        output.saturating_add(slack) >= counted.saturating_sub(echoed) / 2
+            && output <= counted.saturating_mul(2).saturating_add(slack)
     };
     let seen = usage.output.saturating_sub(usage.reasoning);
     // A placeholder of zeros is no usage, and nobody reasons beyond what the model can say.
@@ -557,7 +594,7 @@ fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended, output_max: u64) -
         && usage.input <= prompt.usage_bound()
         && usage.cached_input <= usage.input
         && usage.reasoning <= usage.output
-        && (near(usage.output) || near(seen))
+        && (ended.unmeasured || near(usage.output) || near(seen))
 }
 
 fn elapsed_ms(begun: Instant) -> u64 {

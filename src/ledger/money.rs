@@ -5,7 +5,7 @@ use crate::meter::Usage;
 use crate::store::{Billed, Line};
 
 /// Tokens by what they are billed as: those that have a kind are parts of `input` and of `output`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tokens {
     pub input: u64,
     pub cached_input: u64,
@@ -15,12 +15,33 @@ pub struct Tokens {
     pub reasoning: u64,
     pub audio_output: u64,
     pub image_output: u64,
+    /// How often a price per call is charged.
+    pub units: u64,
+}
+
+impl Default for Tokens {
+    /// One call without tokens.
+    fn default() -> Tokens {
+        Tokens {
+            input: 0,
+            cached_input: 0,
+            audio_input: 0,
+            image_input: 0,
+            output: 0,
+            reasoning: 0,
+            audio_output: 0,
+            image_output: 0,
+            units: 1,
+        }
+    }
 }
 
 /// Rates are per this many tokens.
 const PER_TOKENS: i128 = 1_000_000;
 /// More tokens than any call has; keeps tokens times price within 128 bits.
 const TOKENS_MAX: u64 = 1 << 40;
+/// More units than any call has, for the same reason.
+const UNITS_MAX: u64 = 1 << 20;
 /// A ratio of one, in millionths.
 pub const RATIO_ONE: i64 = 1_000_000;
 
@@ -32,7 +53,8 @@ impl Tokens {
 
     /// What a line was billed by: the kinds are known where the upstream told them.
     pub fn of_line(line: &Line) -> Tokens {
-        let plain = Tokens { cached_input: line.cached_input, ..Tokens::plain(line.input, line.output) };
+        let (cached_input, units) = (line.cached_input, line.units);
+        let plain = Tokens { cached_input, units, ..Tokens::plain(line.input, line.output) };
         match line.billed {
             Billed::Usage => Tokens {
                 audio_input: line.usage_audio_input.unwrap_or(0),
@@ -51,7 +73,8 @@ impl From<Usage> for Tokens {
     fn from(usage: Usage) -> Tokens {
         let Usage { input, cached_input, audio_input, image_input, output, reasoning, audio_output, image_output } =
             usage;
-        Tokens { input, cached_input, audio_input, image_input, output, reasoning, audio_output, image_output }
+        let units = 1;
+        Tokens { input, cached_input, audio_input, image_input, output, reasoning, audio_output, image_output, units }
     }
 }
 
@@ -72,7 +95,12 @@ pub fn cost_nano(price: &Price, tokens: Tokens, ratio_micro: i64) -> i64 {
         (tokens.reasoning, rates.reasoning_nano),
     ];
     let per_million = sum(tokens.input, input, rates.input_nano) + sum(tokens.output, output, rates.output_nano);
-    rounded_up(per_million + i128::from(price.per_call_nano) * PER_TOKENS, ratio_micro)
+    rounded_up(per_million + calls(price.per_call_nano, tokens.units), ratio_micro)
+}
+
+/// A price per call for so many units, in what tokens are summed up in.
+fn calls(per_call_nano: i64, units: u64) -> i128 {
+    i128::from(per_call_nano) * i128::from(units.min(UNITS_MAX)) * PER_TOKENS
 }
 
 /// `whole` tokens, of which parts have rates of their own and the rest the plain one.
@@ -99,6 +127,7 @@ fn rounded_up(per_million: i128, ratio_micro: i64) -> i64 {
 #[derive(Clone, Copy, Debug)]
 pub struct Dearest {
     per_call_nano: i64,
+    units: u64,
     input_nano: i64,
     output_nano: i64,
     ratio_micro: i64,
@@ -108,7 +137,8 @@ impl Dearest {
     /// For a prompt of at most `input` tokens. `images` and `audio` say whether it may have such parts.
     pub fn of(price: &Price, input: u64, images: bool, audio: bool, ratio_micro: i64) -> Dearest {
         let tiers = price.tiers.iter().filter(|tier| input > tier.above).map(|tier| &tier.rates);
-        let mut dearest = Dearest { per_call_nano: price.per_call_nano, input_nano: 0, output_nano: 0, ratio_micro };
+        let per_call_nano = price.per_call_nano;
+        let mut dearest = Dearest { per_call_nano, units: 1, input_nano: 0, output_nano: 0, ratio_micro };
         for rates in std::iter::once(&price.rates).chain(tiers) {
             let Rates { input_nano, cached_input_nano, audio_input_nano, image_input_nano, .. } = *rates;
             let image = if images { image_input_nano } else { 0 };
@@ -123,10 +153,15 @@ impl Dearest {
         dearest
     }
 
+    /// The same for a call whose price per call is charged so often.
+    pub fn for_units(self, units: u64) -> Dearest {
+        Dearest { units, ..self }
+    }
+
     /// Nano-units, rounded up; `i64::MAX` where it does not fit.
     pub fn cost_nano(&self, input: u64, output: u64) -> i64 {
         let tokens = sum(input, [(0, 0); 3], self.input_nano) + sum(output, [(0, 0); 3], self.output_nano);
-        rounded_up(tokens + i128::from(self.per_call_nano) * PER_TOKENS, self.ratio_micro)
+        rounded_up(tokens + calls(self.per_call_nano, self.units), self.ratio_micro)
     }
 
     /// Further output of a call that is held for already.
@@ -205,6 +240,7 @@ mod tests {
             reasoning: 1,
             audio_output: 2,
             image_output: 3,
+            units: 1,
         };
         let (input, output) = (4 + 2 + 2 * 3 + 3 * 4, 4 * 5 + 6 + 2 * 7 + 3 * 8);
         assert_eq!(cost_nano(&price, tokens, RATIO_ONE), input + output);
@@ -253,13 +289,14 @@ mod tests {
 
         #[test]
         fn no_call_costs_more_than_what_it_was_held_for(
-            price in price(), bound in 0u64..5000, parts in prop::array::uniform8(0u64..5000), ratio in 0i64..5_000_000
+            price in price(), bound in 0u64..5000, parts in prop::array::uniform8(0u64..5000), ratio in 0i64..5_000_000,
+            units in 1u64..20
         ) {
             let [input, cached_input, audio_input, image_input, output, reasoning, audio_output, image_output] = parts;
             let input = input.min(bound);
-            let held = Dearest::of(&price, bound, true, true, ratio).cost_nano(bound, output);
+            let held = Dearest::of(&price, bound, true, true, ratio).for_units(units).cost_nano(bound, output);
             let tokens = Tokens {
-                input, cached_input, audio_input, image_input, output, reasoning, audio_output, image_output,
+                input, cached_input, audio_input, image_input, output, reasoning, audio_output, image_output, units,
             };
             prop_assert!(cost_nano(&price, tokens, ratio) <= held);
         }

@@ -29,6 +29,8 @@ pub struct Chunk {
     pub content: bool,
     /// The number of entries in `choices`.
     pub choices: usize,
+    /// The number of entries in `data`: the vectors of an answer with embeddings.
+    pub data: usize,
     /// The indexes of the choices that end here: their `finish_reason` is neither null nor empty.
     pub finished: SmallVec<[u32; 1]>,
     /// The upstream's own count, when it is an object of sane values.
@@ -118,6 +120,7 @@ impl Walk<'_> {
         for (key, value) in root.as_object()?.iter() {
             match key {
                 "choices" => self.choices(value),
+                "data" => self.chunk.data = value.as_array().map_or(0, |data| data.len()),
                 "usage" => self.usage(value),
                 "model" => self.chunk.model = value.as_str().and_then(|model| self.range(model)),
                 "error" => self.chunk.error = value.is_object() || value.is_str(),
@@ -235,7 +238,8 @@ impl Walk<'_> {
     }
 
     fn usage(&mut self, value: Value) {
-        if value.is_null() {
+        // What is billed by its seconds has no tokens.
+        if value.is_null() || value.get("type").is_some_and(|kind| kind.as_str() == Some("duration")) {
             return;
         }
         self.chunk.usage_object = value.is_object();
@@ -269,8 +273,11 @@ fn has_text(value: Option<Value>) -> bool {
 }
 
 /// Reads a usage object; `None` when one of its values cannot be a number of tokens.
+///
+/// Images and sound have the names of OpenAI's later interfaces: `input_tokens`, with details of its own name for either.
 fn believable(usage: &Value) -> Option<Usage> {
-    let input = tokens(usage, "prompt_tokens")??;
+    let total = tokens(usage, "total_tokens")?;
+    let Some(input) = tokens(usage, "prompt_tokens")? else { return later(usage, total) };
     let output = tokens(usage, "completion_tokens")?.unwrap_or(0);
     // DeepSeek's own name for cached tokens; where both are sent they agree.
     let hits = tokens(usage, "prompt_cache_hit_tokens")?;
@@ -284,7 +291,6 @@ fn believable(usage: &Value) -> Option<Usage> {
         return None;
     }
     // xAI leaves reasoning out of completion_tokens, and puts it into the total.
-    let total = tokens(usage, "total_tokens")?;
     let apart = reasoning > 0
         && total.is_some()
         && total == input.checked_add(output).and_then(|sum| sum.checked_add(reasoning));
@@ -293,6 +299,33 @@ fn believable(usage: &Value) -> Option<Usage> {
         return None;
     }
     Some(Usage { input, cached_input, output, reasoning, audio_input, image_input, audio_output, image_output })
+}
+
+/// The usage of images, sound and ranking; a total alone is all input.
+fn later(usage: &Value, total: Option<u64>) -> Option<Usage> {
+    let (Some(input), output) = (tokens(usage, "input_tokens")?, tokens(usage, "output_tokens")?.unwrap_or(0)) else {
+        return Some(Usage { input: total?, ..Usage::default() });
+    };
+    let of_input = |name| {
+        let found = detail(usage, "input_tokens_details", name)?.or(detail(usage, "input_token_details", name)?);
+        Some(found.unwrap_or(0))
+    };
+    let (cached_input, audio_input) = (of_input("cached_tokens")?, of_input("audio_tokens")?);
+    let image_input = of_input("image_tokens")?;
+    let of_output = |name| Some(detail(usage, "output_tokens_details", name)?.unwrap_or(0));
+    let (reasoning, image_output) = (of_output("reasoning_tokens")?, of_output("image_tokens")?);
+    let is_sane = cached_input <= input && audio_input.saturating_add(image_input) <= input;
+    let is_sane = is_sane && reasoning.saturating_add(image_output) <= output;
+    is_sane.then_some(Usage {
+        input,
+        cached_input,
+        output,
+        reasoning,
+        audio_input,
+        image_input,
+        image_output,
+        ..Usage::default()
+    })
 }
 
 fn detail(usage: &Value, details: &str, name: &str) -> Option<Option<u64>> {
@@ -509,6 +542,15 @@ mod tests {
                 Usage { input: 10, output: 109, reasoning: 100, ..Usage::default() },
             ),
             (r#"{"prompt_tokens":8,"total_tokens":8}"#, Usage { input: 8, ..Usage::default() }),
+            (r#"{"total_tokens":8}"#, Usage { input: 8, ..Usage::default() }),
+            (
+                r#"{"total_tokens":100,"input_tokens":50,"output_tokens":50,"input_tokens_details":{"text_tokens":10,"image_tokens":40}}"#,
+                Usage { input: 50, image_input: 40, output: 50, ..Usage::default() },
+            ),
+            (
+                r#"{"type":"tokens","input_tokens":14,"input_token_details":{"text_tokens":4,"audio_tokens":10},"output_tokens":45,"total_tokens":59}"#,
+                Usage { input: 14, audio_input: 10, output: 45, ..Usage::default() },
+            ),
         ] {
             assert_eq!(read(&format!(r#"{{"choices":[],"usage":{usage}}}"#)).0.usage, Some(expected), "{usage}");
         }

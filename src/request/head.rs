@@ -1,4 +1,4 @@
-//! What a chat request says about how to serve it.
+//! What a request says about how to serve it.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -8,12 +8,20 @@ use simd_json::prelude::{TypedValue, ValueAsScalar, ValueIntoString};
 use simd_json::tape::{Array, Object, Value};
 use smallvec::SmallVec;
 
+use super::api::{self, Api, Form};
+use super::form;
 use super::splice::{MaxSpan, Spans, UsageSpan, value_span};
 use super::tape::{self, Document, whole};
 use crate::error::Error;
 
 /// Answers to one prompt. OpenAI's own bound is 128.
 pub const N_MAX: u64 = 128;
+
+/// Prompts of one completions or embeddings request: OpenAI's own bound of `input`.
+pub const PROMPTS_MAX: usize = 2048;
+
+/// Answers to all prompts of one completions request; each is a lane that is counted apart.
+pub const ANSWERS_MAX: u64 = 2048;
 
 /// Bytes of a model's name; the longest known (fine-tuned, with organisation and suffix) are about 100.
 pub const MODEL_BYTES_MAX: usize = 256;
@@ -41,9 +49,11 @@ const PROVIDER_TEXT: [&str; 5] =
 /// Qwen-Long's way to put a stored file into a system message.
 const FILE_SCHEME: &str = "fileid://";
 
-/// The head of a `POST /v1/chat/completions`. Everything else in the body stays unread.
+/// The head of a request. Everything else in the body stays unread.
 #[derive(Clone, Debug)]
 pub struct Head {
+    /// What is called.
+    pub api: &'static Api,
     /// 1 to [`MODEL_BYTES_MAX`] bytes.
     pub model: String,
     pub stream: bool,
@@ -52,8 +62,12 @@ pub struct Head {
     /// Tokens of output for each of the `n` answers, at least 1: `max_completion_tokens` or `max_tokens`. Where both
     /// are given the smaller counts, since an upstream that obeys either one cannot bill more.
     pub max_tokens: Option<u64>,
-    /// 1 to [`N_MAX`].
+    /// Answers that come back: 1 to [`N_MAX`], to each of the prompts where there are several.
     pub n: u32,
+    /// Answers that are generated and billed: more than come back where the best of several is asked for.
+    pub generated: u32,
+    /// The prompts come back in front of their answers.
+    pub echo: bool,
     /// At most [`USER_BYTES_MAX`] bytes.
     pub user: Option<String>,
     /// The last message whose role is `user`, wherever it stands; empty where it has no text.
@@ -69,15 +83,68 @@ pub struct Head {
 }
 
 impl Head {
+    /// Reads the head of a chat request.
+    pub fn read(body: &[u8]) -> Result<Head, Error> {
+        Head::read_as(&api::CHAT, body)
+    }
+
+    /// The head of a form whose fields have been read.
+    ///
+    /// Fails with [`Error::BodyInvalid`] when it names no model, and the call has none by default.
+    pub fn of_form(api: &'static Api, fields: &form::Fields) -> Result<Head, Error> {
+        let default = || api.model_default.map(str::to_owned);
+        let model = fields.model.clone().or_else(default).ok_or_else(|| Error::body("model", "is required"))?;
+        let n = fields.n.unwrap_or(1);
+        Ok(Head {
+            api,
+            model,
+            stream: false,
+            include_usage: false,
+            max_tokens: None,
+            n,
+            generated: n,
+            echo: false,
+            user: None,
+            last_user: None,
+            ends_with_user: false,
+            system: None,
+            starts: Starts::default(),
+            prompt: PromptShape { opaque: true, ..PromptShape::default() },
+            spans: Spans {
+                root: 0,
+                root_empty: true,
+                model: fields.model_at.clone(),
+                usage: UsageSpan::Absent,
+                max_tokens: None,
+                max_completion_tokens: None,
+            },
+        })
+    }
+
     /// Reads the head of `body`.
     ///
     /// Fails with [`Error::BodyInvalid`], which names the field and what was expected, and quotes nothing of a prompt.
     /// A field that decides something and is given twice is refused: which of the two counts depends on the parser.
-    pub fn read(body: &[u8]) -> Result<Head, Error> {
+    pub fn read_as(api: &'static Api, body: &[u8]) -> Result<Head, Error> {
         if body.is_empty() {
             return Err(whole("is empty, a JSON object was expected"));
         }
-        tape::parse(body, |document| read_root(body, document))
+        tape::parse(body, |document| read_root(api, body, document))
+    }
+}
+
+impl Head {
+    /// How often a price per call is charged: for each image that is asked for, once otherwise.
+    pub fn units(&self) -> u64 {
+        match self.api.form {
+            Form::Json | Form::Multipart => u64::from(self.n),
+            Form::Chat | Form::Completion | Form::Embedding => 1,
+        }
+    }
+
+    /// Whether a bound of its output can be lowered.
+    pub fn is_clampable(&self) -> bool {
+        self.api.is_completion() && !self.echo
     }
 }
 
@@ -122,25 +189,46 @@ impl Starts {
     }
 }
 
-fn read_root(body: &[u8], document: Document<'_, '_>) -> Result<Head, Error> {
+fn read_root(api: &'static Api, body: &[u8], document: Document<'_, '_>) -> Result<Head, Error> {
     let Some(root) = document.root.as_object() else {
         return Err(whole(format!("must be a JSON object, found {}", kind(document.root))));
     };
-    let mut prompt = PromptShape { text_bytes: body.len() as u64, ..PromptShape::default() };
+    let mut prompt = PromptShape { text_bytes: body.len() as u64, opaque: api.opaque, ..PromptShape::default() };
     let fields = Fields::collect(&document, &root, &mut prompt)?;
 
-    let (model, model_span) = read_model(body, fields.model)?;
-    let messages = read_messages(fields.messages)?;
-    let conversation = Conversation::read(&messages, &mut prompt)?;
+    let (model, model_span) = match (fields.model, api.model_default) {
+        (None, Some(model)) => (model.to_owned(), None),
+        (field, _) => read_model(body, field).map(|(model, span)| (model, Some(span)))?,
+    };
+    let conversation = match api.form {
+        Form::Chat => Conversation::read(&read_messages(fields.messages)?, &mut prompt)?,
+        _ => Conversation::default(),
+    };
+    let n = read_integer(fields.n, N_MAX)?.unwrap_or(1);
+    let (answers, generated) = match api.form {
+        Form::Completion => {
+            let prompts = read_prompts("prompt", fields.prompt)?;
+            let best_of = read_integer(fields.best_of, N_MAX)?.unwrap_or(1);
+            (answers("n", prompts, n)?, answers("best_of", prompts, best_of.max(n))?)
+        }
+        Form::Embedding => {
+            read_prompts("input", fields.input)?;
+            (1, 1)
+        }
+        _ => (n as u32, n as u32),
+    };
     let (include_usage, usage_span) = read_stream_options(body, &document, fields.stream_options)?;
     let max_tokens = read_integer(fields.max_tokens, u64::MAX)?;
     let max_completion_tokens = read_integer(fields.max_completion_tokens, u64::MAX)?;
     Ok(Head {
+        api,
         model,
-        stream: read_stream(fields.stream)?,
+        stream: api.is_completion() && read_flag(fields.stream)?,
         include_usage,
         max_tokens: [max_tokens, max_completion_tokens].into_iter().flatten().min(),
-        n: read_integer(fields.n, N_MAX)?.unwrap_or(1) as u32,
+        n: answers,
+        generated,
+        echo: api.form == Form::Completion && read_flag(fields.echo)?,
         user: read_user(fields.user)?,
         ends_with_user: conversation.ends_with_user,
         last_user: conversation.last_user.map(text),
@@ -149,6 +237,7 @@ fn read_root(body: &[u8], document: Document<'_, '_>) -> Result<Head, Error> {
         prompt,
         spans: Spans {
             root: body.iter().position(|b| *b == b'{').map_or(0, |brace| brace + 1),
+            root_empty: root.is_empty(),
             model: model_span,
             usage: usage_span,
             max_tokens: max_span(body, fields.max_tokens),
@@ -181,6 +270,10 @@ struct Fields<'t, 'i> {
     n: Option<Field<'t, 'i>>,
     stream_options: Option<Field<'t, 'i>>,
     user: Option<Field<'t, 'i>>,
+    prompt: Option<Field<'t, 'i>>,
+    input: Option<Field<'t, 'i>>,
+    best_of: Option<Field<'t, 'i>>,
+    echo: Option<Field<'t, 'i>>,
 }
 
 impl<'t, 'i> Fields<'t, 'i> {
@@ -200,6 +293,10 @@ impl<'t, 'i> Fields<'t, 'i> {
                 "n" => ("n", &mut fields.n),
                 "stream_options" => ("stream_options", &mut fields.stream_options),
                 "user" => ("user", &mut fields.user),
+                "prompt" => ("prompt", &mut fields.prompt),
+                "input" => ("input", &mut fields.input),
+                "best_of" => ("best_of", &mut fields.best_of),
+                "echo" => ("echo", &mut fields.echo),
                 "tools" => {
                     prompt.opaque |= has_foreign_tool(value);
                     continue;
@@ -235,7 +332,7 @@ fn read_model(body: &[u8], field: Option<Field<'_, '_>>) -> Result<(String, Rang
     }
 }
 
-fn read_stream(field: Option<Field<'_, '_>>) -> Result<bool, Error> {
+fn read_flag(field: Option<Field<'_, '_>>) -> Result<bool, Error> {
     given(field)
         .map_or(Ok(false), |field| field.value.as_bool().ok_or_else(|| wrong(field.name, "a boolean", field.value)))
 }
@@ -248,6 +345,50 @@ fn read_user(field: Option<Field<'_, '_>>) -> Result<Option<String>, Error> {
         return Err(Error::body(field.name, reason));
     }
     Ok(Some(user.to_owned()))
+}
+
+/// How many prompts there are: a text or an array of token numbers is one, an array of texts or of such arrays several.
+fn read_prompts(name: &'static str, field: Option<Field<'_, '_>>) -> Result<usize, Error> {
+    let Some(field) = given(field) else {
+        return Err(Error::body(name, "is required"));
+    };
+    let Some(items) = field.value.as_array() else {
+        return match string(field.value) {
+            Some(_) => Ok(1),
+            None => Err(wrong(name, "a string or an array", field.value)),
+        };
+    };
+    let mut numbers = 0;
+    for (index, item) in items.iter().enumerate() {
+        match item.as_array() {
+            _ if string(item).is_some() => {}
+            Some(_) => {}
+            None if item.as_u64().is_some() => numbers += 1,
+            None => {
+                let expected = "a string, a token or an array of tokens";
+                return Err(wrong(format!("{name}[{index}]"), expected, item));
+            }
+        }
+    }
+    match items.len() {
+        0 => Err(Error::body(name, "must not be empty")),
+        all if all == numbers => Ok(1),
+        _ if numbers > 0 => Err(Error::body(name, "must not mix tokens with texts or arrays")),
+        several if several > PROMPTS_MAX => {
+            Err(Error::body(name, format!("must have at most {PROMPTS_MAX} entries, found {several}")))
+        }
+        several => Ok(several),
+    }
+}
+
+/// Answers to all prompts together.
+fn answers(name: &'static str, prompts: usize, each: u64) -> Result<u32, Error> {
+    let all = each.saturating_mul(prompts as u64);
+    if all > ANSWERS_MAX {
+        let reason = format!("asks for {all} answers to all prompts together, at most {ANSWERS_MAX} are allowed");
+        return Err(Error::body(name, reason));
+    }
+    Ok(all as u32)
 }
 
 /// An integer from 1 to `max`.

@@ -1,18 +1,21 @@
 //! Reads the head of a request; leaves the body as it came.
 //!
-//! `Head::read` says what the body of a chat request decides (model, stream, bounds, how large the prompt can be);
+//! `Head::read_as` says what the body of a request decides (model, stream, bounds, how large the prompt can be);
 //! `splice` makes the few edits that a call needs without copying or rebuilding the rest. Unknown fields, key order,
 //! big numbers and escapes reach the upstream because nobody here touches them.
 
+pub mod api;
+pub mod form;
 mod head;
 mod splice;
 mod tape;
 
+pub use api::{Api, Form};
 pub use head::{
-    Head, MODEL_BYTES_MAX, N_MAX, PromptShape, START_BYTES_MAX, STARTS_MAX, Starts, TEXT_BYTES_MAX, Text,
-    USER_BYTES_MAX,
+    ANSWERS_MAX, Head, MODEL_BYTES_MAX, N_MAX, PROMPTS_MAX, PromptShape, START_BYTES_MAX, STARTS_MAX, Starts,
+    TEXT_BYTES_MAX, Text, USER_BYTES_MAX,
 };
-pub use splice::{Body, Edit, MaxField, splice};
+pub use splice::{Body, Edit, MaxField, rename, splice};
 pub use tape::{DEPTH_MAX, MARKS_MAX};
 
 #[cfg(test)]

@@ -114,13 +114,35 @@ impl IntoIterator for Body {
     }
 }
 
+/// A form with another name in `model`; a part of its own in front of all others where it named none. `boundary` is that
+/// of the form.
+///
+/// `head` must have been read from this very form, of which `begun` is as much as has come, the model included.
+pub fn rename(begun: &Bytes, head: &Head, boundary: &str, name: &str) -> Body {
+    let mut pieces = SmallVec::new();
+    match &head.spans.model {
+        Some(span) => {
+            push(&mut pieces, begun.slice(..span.start));
+            push(&mut pieces, name.to_owned().into());
+            push(&mut pieces, begun.slice(span.end..));
+        }
+        None => {
+            let part = format!("--{boundary}\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n{name}\r\n");
+            push(&mut pieces, part.into());
+            push(&mut pieces, begun.clone());
+        }
+    }
+    Body { pieces }
+}
+
 /// Where the edits go in the original body.
 #[derive(Clone, Debug)]
 pub(super) struct Spans {
     /// Behind the root's `{`.
     pub root: usize,
-    /// The value, quotes included.
-    pub model: Range<usize>,
+    pub root_empty: bool,
+    /// The value, quotes included; `None` where the body names no model.
+    pub model: Option<Range<usize>>,
     pub usage: UsageSpan,
     pub max_tokens: Option<MaxSpan>,
     pub max_completion_tokens: Option<MaxSpan>,
@@ -172,7 +194,14 @@ fn cut(head: &Head, edit: Edit<'_>, cuts: &mut Cuts) {
     match edit {
         // The same name stays as the client wrote it.
         Edit::Model(name) if name == head.model => {}
-        Edit::Model(name) => replace(&spans.model, serde_json::Value::from(name).to_string().into()),
+        Edit::Model(name) => match &spans.model {
+            Some(span) => replace(span, serde_json::Value::from(name).to_string().into()),
+            None => {
+                let comma = if spans.root_empty { "" } else { "," };
+                let field = format!("\"model\":{}{comma}", serde_json::Value::from(name));
+                replace(&at(spans.root), field.into());
+            }
+        },
         Edit::IncludeUsage if head.include_usage => {}
         Edit::IncludeUsage => match &spans.usage {
             UsageSpan::Absent => {

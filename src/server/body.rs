@@ -1,15 +1,19 @@
 //! Reads a request's body, within bounds of size, time and the node's memory.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use hyper::body::{Body as _, Incoming};
+use hyper::body::{Body, Frame, Incoming};
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap};
+use tokio::time::{Instant, Sleep};
 
 use crate::error::Error;
+use crate::request::form::{Fields, Form};
+use crate::upstream::{Rest, Stopped};
 
 /// A body must gain this much within the time that the configuration gives it.
 const PROGRESS_BYTES: usize = 64 << 10;
@@ -84,6 +88,165 @@ fn is_json(kind: &str) -> bool {
 fn bounded(mut text: String) -> String {
     text.truncate(text.floor_char_boundary(64));
     text
+}
+
+/// The form that the headers announce; `None` when the body is something else.
+pub fn announced_form(headers: &HeaderMap) -> Result<Option<Form>, Error> {
+    if headers.contains_key(CONTENT_ENCODING) {
+        return Ok(None); // refused by `check_media_type`, unless it says nothing
+    }
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    kind.map_or(Ok(None), Form::announced)
+}
+
+/// As much of a form as had to be read before it can be forwarded.
+pub struct Begun {
+    pub begun: Bytes,
+    pub boundary: String,
+    pub fields: Fields,
+    /// What is still to come.
+    pub rest: Option<Rest>,
+    /// Why the rest stopped coming, once it has.
+    pub failure: Arc<OnceLock<Error>>,
+    pub weight: Weight,
+}
+
+/// Reads a form until its model is known, or all of it where `whole` says so; the rest is read when it is sent on.
+pub async fn read_form(
+    bodies: &Arc<Bodies>,
+    mut form: Form,
+    mut body: Incoming,
+    bytes_max: usize,
+    progress_within: Duration,
+    whole: bool,
+) -> Result<Begun, Error> {
+    let mut weight = bodies.weight();
+    let expected = body.size_hint();
+    if expected.lower() > bytes_max as u64 {
+        return Err(Error::BodyTooLarge { bytes_max });
+    }
+    let mut begun = BytesMut::new();
+    let mut deadline = Deadline::new(progress_within);
+    let failure = Arc::new(OnceLock::new());
+    while whole || form.fields().model.is_none() {
+        let data = std::future::poll_fn(|cx| next_data(&mut body, &mut deadline, cx)).await;
+        let Some(data) = data.transpose()? else {
+            check_is_over(&form)?;
+            let (boundary, fields) = (form.boundary().to_owned(), form.fields().clone());
+            return Ok(Begun { begun: begun.freeze(), boundary, fields, rest: None, failure, weight });
+        };
+        if begun.len() + data.len() > bytes_max {
+            return Err(Error::BodyTooLarge { bytes_max });
+        }
+        weight.grow_to(begun.len() + data.len())?;
+        begun.extend_from_slice(&data);
+        form.read(&data)?;
+    }
+    let length = expected.exact().map(|length| length.saturating_sub(begun.len() as u64));
+    let (boundary, fields) = (form.boundary().to_owned(), form.fields().clone());
+    let rest = match body.is_end_stream() {
+        true => check_is_over(&form).map(|()| None)?,
+        false => {
+            let (read, failure) = (begun.len(), failure.clone());
+            let passing = FormRest { body, form, read, bytes_exact: expected.exact(), bytes_max, deadline, failure };
+            Some(Rest { body: Box::pin(passing), length })
+        }
+    };
+    Ok(Begun { begun: begun.freeze(), boundary, fields, rest, failure, weight })
+}
+
+/// The rest of a form, read while it is sent on: what decides something comes in its beginning or not at all.
+struct FormRest {
+    body: Incoming,
+    form: Form,
+    /// Bytes of the whole form so far, and at most.
+    read: usize,
+    bytes_exact: Option<u64>,
+    bytes_max: usize,
+    deadline: Deadline,
+    failure: Arc<OnceLock<Error>>,
+}
+
+impl FormRest {
+    fn check(&mut self, data: &Bytes) -> Result<(), Error> {
+        let had_n = self.form.fields().n.is_some();
+        self.read += data.len();
+        if self.read > self.bytes_max {
+            return Err(Error::BodyTooLarge { bytes_max: self.bytes_max });
+        }
+        self.form.read(data)?;
+        if self.bytes_exact == Some(self.read as u64) {
+            check_is_over(&self.form)?; // nobody asks for an end behind the last byte of a known length
+        }
+        match self.form.fields().n.is_some() == had_n {
+            true => Ok(()),
+            false => Err(Error::body("n", "must come before the model and the file")),
+        }
+    }
+}
+
+impl Body for FormRest {
+    type Data = Bytes;
+    type Error = Stopped;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Stopped>>> {
+        let this = &mut *self;
+        let Poll::Ready(next) = next_data(&mut this.body, &mut this.deadline, cx) else { return Poll::Pending };
+        let checked = match next {
+            Some(Ok(data)) => this.check(&data).map(|()| Some(data)),
+            Some(Err(error)) => Err(error),
+            None => check_is_over(&this.form).map(|()| None),
+        };
+        Poll::Ready(match checked {
+            Ok(data) => data.map(|data| Ok(Frame::data(data))),
+            Err(error) => {
+                let _ = this.failure.set(error);
+                Some(Err(Stopped))
+            }
+        })
+    }
+}
+
+fn check_is_over(form: &Form) -> Result<(), Error> {
+    match form.is_over() {
+        true => Ok(()),
+        false => Err(Error::BodyInvalid { param: None, reason: "ends before its last boundary".into() }),
+    }
+}
+
+/// A body must gain [`PROGRESS_BYTES`] within its time, again and again.
+struct Deadline {
+    within: Duration,
+    sleep: Pin<Box<Sleep>>,
+    gained: usize,
+}
+
+impl Deadline {
+    fn new(within: Duration) -> Deadline {
+        Deadline { within, sleep: Box::pin(tokio::time::sleep(within)), gained: 0 }
+    }
+}
+
+/// The next bytes of a body that keeps arriving.
+fn next_data(body: &mut Incoming, deadline: &mut Deadline, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
+    loop {
+        let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(cx) else {
+            return deadline.sleep.as_mut().poll(cx).map(|()| Some(Err(Error::BodyTimeout)));
+        };
+        let broke_off = |_| Error::BodyInvalid { param: None, reason: "broke off".into() };
+        let data = match frame.map(|frame| frame.map_err(broke_off)) {
+            None => return Poll::Ready(None),
+            Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+            Some(Ok(frame)) => frame.into_data(),
+        };
+        let Ok(data) = data else { continue }; // trailers
+        deadline.gained += data.len();
+        if deadline.gained >= PROGRESS_BYTES {
+            deadline.gained = 0;
+            deadline.sleep.as_mut().reset(Instant::now() + deadline.within);
+        }
+        return Poll::Ready(Some(Ok(data)));
+    }
 }
 
 /// Reads the whole body; without a copy when it came in one piece.

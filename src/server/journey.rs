@@ -5,22 +5,23 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING};
+use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, Version};
 
 use super::body::{self, Weight};
 use super::models;
+use super::pass::Pass;
 use super::relay::{Relay, Terms};
 use super::reply::{self, Reply};
 use super::route::{self, Route};
-use super::{Gateway, Snapshot, chat, usage};
+use super::{Gateway, Snapshot, billing, chat, usage};
 use crate::error::Error;
 use crate::ledger::{Ask, Ended, OpenLine};
 use crate::preprocess::{self, Admitted, Call, Decision, World};
-use crate::request::Head;
+use crate::request::{Api, Form, Head};
 use crate::store::{EndReason, now_ms};
-use crate::upstream::{self, Answer, Whole};
+use crate::upstream::{self, Answer, Upload, Whole};
 
 /// What came of asking the upstream, with the line to settle it on.
 pub struct Opened {
@@ -54,13 +55,16 @@ async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -
         Route::Models => Ok(models::list(&admit()?, &snapshot.catalog, &gateway.pool)),
         Route::Model(name) => models::one(&admit()?, &snapshot.catalog, &gateway.pool, &name),
         Route::Usage => usage::of_key(gateway, &snapshot, &admit()?, parts.uri.query().unwrap_or_default()).await,
-        Route::Chat => chat_completion(gateway, &snapshot, parts, admit()?, body, id).await,
+        Route::Subscription => billing::subscription(gateway, &admit()?).await,
+        Route::Billed => billing::usage(gateway, &admit()?).await,
+        Route::Call(api) => call(gateway, &snapshot, api, parts, admit()?, body, id).await,
     }
 }
 
-async fn chat_completion(
+async fn call(
     gateway: &Arc<Gateway>,
     snapshot: &Snapshot,
+    api: &'static Api,
     parts: &Parts,
     admitted: Admitted,
     body: Incoming,
@@ -71,14 +75,30 @@ async fn chat_completion(
         // Two lengths: behind a proxy that believes the other one, the rest would be somebody else's request.
         return Err(Error::body("content-length", "must not come together with transfer-encoding"));
     }
-    body::check_media_type(&parts.headers)?;
     let server = &snapshot.config.server;
     let progress = Duration::from_secs(server.body_timeout_s);
-    let (body, weight) = body::read(&gateway.bodies, body, server.body_bytes_max, progress).await?;
-    let head = Head::read(&body)?;
+    let announced = if api.form == Form::Multipart { body::announced_form(&parts.headers)? } else { None };
+    let (head, body, upload, weight) = match announced {
+        Some(form) => {
+            // Images: how many are asked for decides the price, and may stand behind them.
+            let (whole, max) = (api.model_default.is_some(), server.body_bytes_max);
+            let begun = body::read_form(&gateway.bodies, form, body, max, progress, whole).await?;
+            let content_type = parts.headers.get(CONTENT_TYPE).cloned().ok_or(Error::Internal)?;
+            let upload = Upload::new(content_type, begun.boundary, begun.rest, begun.failure);
+            (Head::of_form(api, &begun.fields)?, begun.begun, Some(upload), begun.weight)
+        }
+        None => {
+            body::check_media_type(&parts.headers)?;
+            let (body, weight) = body::read(&gateway.bodies, body, server.body_bytes_max, progress).await?;
+            (Head::read_as(api, &body)?, body, None, weight)
+        }
+    };
     match preprocess::decide(&world(gateway, snapshot), admitted, head, body)? {
         Decision::Answer(command) => chat::command(gateway, snapshot, &command, request_id).await,
-        Decision::Forward(call) => forward(gateway, snapshot, parts, call, weight, request_id).await,
+        Decision::Forward(call) if !upstream::serves(&call.model, api) => {
+            Err(Error::ModelUnsuited { model: call.model.name.clone(), path: api.path })
+        }
+        Decision::Forward(call) => forward(gateway, snapshot, parts, call, upload, weight, request_id).await,
     }
 }
 
@@ -88,13 +108,14 @@ async fn forward(
     snapshot: &Snapshot,
     parts: &Parts,
     call: Call,
+    upload: Option<Upload>,
     weight: Weight,
     request_id: &str,
 ) -> Result<Response<Reply>, Error> {
     let line = gateway.ledger.open(ask_ledger(&call, parts, request_id)).await?;
     let terms = terms(gateway, snapshot, parts, &call, weight, request_id);
     let (stream, head_within) = (call.head.stream, terms.keep_alive);
-    let mut opening = Box::pin(ask_upstream(gateway.clone(), call, line));
+    let mut opening = Box::pin(ask_upstream(gateway.clone(), call, upload, line));
     let opened = match stream {
         false => opening.await,
         true => match tokio::time::timeout(head_within, &mut opening).await {
@@ -107,6 +128,10 @@ async fn forward(
     match answer {
         Ok(Answer::Stream(frames)) => Ok(reply::stream(Reply::Stream(Box::new(Relay::streaming(frames, line, terms))))),
         Ok(Answer::Whole(whole)) => Ok(settle_whole(whole, line).await),
+        Ok(Answer::Other(other)) => {
+            let content_type = other.content_type.clone();
+            Ok(reply::pass(content_type, Pass::new(other, line, terms)))
+        }
         Err(error) => {
             line.end(Ended::failed(error.status(), matches!(error, Error::UpstreamTimeout { .. })));
             Err(error)
@@ -114,9 +139,9 @@ async fn forward(
     }
 }
 
-async fn ask_upstream(gateway: Arc<Gateway>, call: Call, mut line: OpenLine) -> Opened {
-    let user_id = call.key.user.id;
-    let ask = upstream::Ask { clamp: line.clamp(), model: call.model, head: call.head, body: call.body, user_id };
+async fn ask_upstream(gateway: Arc<Gateway>, call: Call, upload: Option<Upload>, mut line: OpenLine) -> Opened {
+    let Call { key, head, body, model } = call;
+    let ask = upstream::Ask { clamp: line.clamp(), model, head, body, user_id: key.user.id, upload };
     let called = |permit: &crate::pool::Permit| {
         line.called(permit.account.id, &permit.offer.endpoint.name, &permit.offer.upstream_model);
     };
@@ -137,6 +162,7 @@ async fn settle_whole(whole: Whole, mut line: OpenLine) -> Response<Reply> {
         tool_calls: whole.tool_calls,
         content: whole.content,
         may_be_billed: true,
+        unmeasured: !whole.measured,
     });
     reply::json(whole.pieces)
 }
@@ -165,6 +191,7 @@ fn terms(
     Terms {
         request_id: request_id.to_owned(),
         model: call.model.name.clone(),
+        api: call.head.api,
         keep_alive: Duration::from_secs(snapshot.config.server.keep_alive_s),
         silence_max: gateway.upstream.silence_max(),
         total_max: gateway.upstream.total_max(),

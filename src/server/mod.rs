@@ -1,11 +1,13 @@
 //! Accepts sockets, walks each request through the stages, and stops in order.
 
 mod accept;
+mod billing;
 mod body;
 mod chat;
 mod guard;
 mod journey;
 mod models;
+mod pass;
 mod relay;
 mod reply;
 mod route;

@@ -20,6 +20,7 @@ use super::body::Weight;
 use super::journey::Opened;
 use crate::error::Error;
 use crate::ledger::{Ended, OpenLine, Slices};
+use crate::request::{Api, Form};
 use crate::store::EndReason;
 use crate::upstream::openai::{DONE, chunk_event};
 use crate::upstream::{Answer, Frame, Frames, Place};
@@ -49,6 +50,8 @@ pub struct Terms {
     pub request_id: String,
     /// The model's name as the client knows it.
     pub model: String,
+    /// What was called: a completion of either kind.
+    pub api: &'static Api,
     pub keep_alive: Duration,
     pub silence_max: Duration,
     pub total_max: Duration,
@@ -221,8 +224,8 @@ impl Relay {
         self.last_chunk = Instant::now();
         match answer {
             Ok(Answer::Stream(frames)) => self.phase = Phase::Streaming(frames, line),
-            // A stream was asked for, so a whole answer is never opened.
-            Ok(Answer::Whole(_)) => self.fail(line, &Error::Internal),
+            // A stream of a completion was asked for, so nothing else is ever opened.
+            Ok(Answer::Whole(_) | Answer::Other(_)) => self.fail(line, &Error::Internal),
             Err(error) => self.fail(line, &error),
         }
     }
@@ -346,14 +349,21 @@ impl Relay {
     fn cut(&mut self, frames: Box<Frames>, line: OpenLine) {
         self.flush_span(&frames);
         self.end_frame(&frames);
-        let id = format!("chatcmpl-{}", self.terms.request_id);
-        let chunk = |choices: serde_json::Value, usage: serde_json::Value| {
-            chunk_event(&json!({ "id": id, "object": "chat.completion.chunk", "created": crate::store::now_ms() / 1000,
-                                 "model": self.terms.model, "choices": choices, "usage": usage }))
+        let (prefix, object) = match self.terms.api.form {
+            Form::Completion => ("cmpl", "text_completion"),
+            _ => ("chatcmpl", "chat.completion.chunk"),
         };
-        let choices = |choice: u32| json!([{ "index": choice, "delta": {}, "finish_reason": "length" }]);
+        let id = format!("{prefix}-{}", self.terms.request_id);
+        let chunk = |choice: serde_json::Value| {
+            chunk_event(&json!({ "id": id, "object": object, "created": crate::store::now_ms() / 1000,
+                                 "model": self.terms.model, "choices": [choice], "usage": null }))
+        };
+        let ended = |index: u32| match self.terms.api.form {
+            Form::Completion => json!({ "index": index, "text": "", "logprobs": null, "finish_reason": "length" }),
+            _ => json!({ "index": index, "delta": {}, "finish_reason": "length" }),
+        };
         let mut ending = vec![Bytes::from_static(b": gpt-cat: no further money can be held for this stream\n")];
-        ending.extend(frames.unfinished().map(|choice| chunk(choices(choice), serde_json::Value::Null)));
+        ending.extend(frames.unfinished().map(|choice| chunk(ended(choice))));
         ending.push([b"data: ", DONE, b"\n\n"].concat().into());
         self.out.extend(ending);
         // What came after the cut is not handed over; `output` is the count before it.
@@ -431,6 +441,7 @@ impl Relay {
             tool_calls: frames.tool_calls(),
             content: self.content,
             may_be_billed: true,
+            unmeasured: false,
         }
     }
 

@@ -8,6 +8,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 
+use super::pass::Pass;
 use super::relay::{Broke, Relay};
 use crate::error::Error;
 use crate::upstream::Pieces;
@@ -25,6 +26,7 @@ const PREFLIGHT_MAX_AGE: HeaderValue = HeaderValue::from_static("7200");
 pub enum Reply {
     Whole(Pieces),
     Stream(Box<Relay>),
+    Pass(Box<Pass>),
 }
 
 impl Body for Reply {
@@ -33,8 +35,9 @@ impl Body for Reply {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broke>>> {
         match &mut *self {
-            Reply::Whole(pieces) => Pin::new(pieces).poll_frame(cx).map_err(|never| match never {}),
+            Reply::Whole(pieces) => Pin::new(pieces).poll_frame(cx).map_err(|_| Broke),
             Reply::Stream(relay) => Pin::new(&mut **relay).poll_frame(cx),
+            Reply::Pass(pass) => Pin::new(&mut **pass).poll_frame(cx),
         }
     }
 
@@ -42,6 +45,7 @@ impl Body for Reply {
         match self {
             Reply::Whole(pieces) => pieces.is_end_stream(),
             Reply::Stream(relay) => relay.is_end_stream(),
+            Reply::Pass(pass) => pass.is_end_stream(),
         }
     }
 
@@ -49,6 +53,7 @@ impl Body for Reply {
         match self {
             Reply::Whole(pieces) => pieces.size_hint(),
             Reply::Stream(_) => SizeHint::default(),
+            Reply::Pass(pass) => pass.size_hint(),
         }
     }
 }
@@ -57,6 +62,14 @@ impl Body for Reply {
 pub fn json(pieces: impl IntoIterator<Item = Bytes>) -> Response<Reply> {
     let mut response = Response::new(Reply::Whole(Pieces::new(pieces)));
     response.headers_mut().insert(header::CONTENT_TYPE, JSON);
+    response
+}
+
+/// An answer that is passed on as it comes.
+pub fn pass(content_type: Option<HeaderValue>, body: Pass) -> Response<Reply> {
+    let mut response = Response::new(Reply::Pass(Box::new(body)));
+    let bytes = HeaderValue::from_static("application/octet-stream");
+    response.headers_mut().insert(header::CONTENT_TYPE, content_type.unwrap_or(bytes));
     response
 }
 

@@ -3,6 +3,7 @@
 use hyper::Method;
 
 use crate::error::Error;
+use crate::request::{Api, api};
 
 /// What a path is for.
 #[derive(Debug, PartialEq, Eq)]
@@ -13,8 +14,12 @@ pub enum Route {
     Ready,
     Models,
     Model(String),
-    Chat,
+    /// A call that is forwarded.
+    Call(&'static Api),
     Usage,
+    /// The balance, as front ends ask for it.
+    Subscription,
+    Billed,
 }
 
 /// A path in an error is cut to this.
@@ -29,10 +34,17 @@ pub fn of(method: &Method, path: &str) -> Result<Route, Error> {
     let path = path.strip_suffix('/').unwrap_or(path);
     let path = path.strip_prefix('/').map_or(path, |rest| if rest.starts_with('/') { rest } else { path });
     let within = path.strip_prefix("/v1").filter(|rest| rest.starts_with('/')).unwrap_or(path);
+    if let Some(api) = api::APIS.iter().find(|api| api.path == within) {
+        return match method {
+            &Method::POST => Ok(Route::Call(api)),
+            _ => Err(Error::MethodNotAllowed { allowed: "POST" }),
+        };
+    }
     let (route, allowed) = match within {
-        "/chat/completions" => (Route::Chat, "POST"),
         "/models" => (Route::Models, "GET"),
         "/usage" => (Route::Usage, "GET"),
+        "/dashboard/billing/subscription" => (Route::Subscription, "GET"),
+        "/dashboard/billing/usage" => (Route::Billed, "GET"),
         _ => match (within.strip_prefix("/models/"), path) {
             (Some(name), _) if !name.is_empty() => (Route::Model(unescaped(name)), "GET"),
             (_, "/healthz") => (Route::Health, "GET"),
@@ -74,9 +86,15 @@ mod tests {
     #[test]
     fn every_path_is_there_with_and_without_v1() {
         for prefix in ["", "/v1"] {
-            assert_eq!(of(&Method::POST, &format!("{prefix}/chat/completions")), Ok(Route::Chat));
+            assert_eq!(of(&Method::POST, &format!("{prefix}/chat/completions")), Ok(Route::Call(&api::CHAT)));
             assert_eq!(of(&Method::GET, &format!("{prefix}/models")), Ok(Route::Models));
             assert_eq!(of(&Method::GET, &format!("{prefix}/usage")), Ok(Route::Usage));
+            for (what, route) in [("subscription", Route::Subscription), ("usage", Route::Billed)] {
+                assert_eq!(of(&Method::GET, &format!("{prefix}/dashboard/billing/{what}")), Ok(route));
+            }
+            for api in api::APIS {
+                assert_eq!(of(&Method::POST, &format!("{prefix}{}", api.path)), Ok(Route::Call(api)));
+            }
             let one = of(&Method::GET, &format!("{prefix}/models/qwen%2Fqwen3%3A8b"));
             assert_eq!(one, Ok(Route::Model("qwen/qwen3:8b".into())));
         }
@@ -93,7 +111,7 @@ mod tests {
 
     #[test]
     fn a_slash_too_many_at_either_end_is_forgiven() {
-        assert_eq!(of(&Method::POST, "//v1/chat/completions"), Ok(Route::Chat));
+        assert_eq!(of(&Method::POST, "//v1/chat/completions"), Ok(Route::Call(&api::CHAT)));
         assert_eq!(of(&Method::GET, "/v1/models/"), Ok(Route::Models));
     }
 

@@ -131,24 +131,24 @@ const LINE_COLUMNS: &str = "lines.sequence, request_id, client_request_id, lines
     endpoint, model_asked, lines.model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
     usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
     flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries,
-    usage_audio_input, usage_image_input, usage_audio_output, usage_image_output";
-const LINE_FIELDS: usize = 39;
+    usage_audio_input, usage_image_input, usage_audio_output, usage_image_output, units";
+const LINE_FIELDS: usize = 40;
 
 /// All of them, in the order of [`fields`].
 pub const LINE_COLUMNS_ALL: &str = "boot, sequence, request_id, client_request_id, user_id, key_id, ratio_micro,
     account_id, endpoint, model_asked, model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
     usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
     flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries,
-    usage_audio_input, usage_image_input, usage_audio_output, usage_image_output";
+    usage_audio_input, usage_image_input, usage_audio_output, usage_image_output, units";
 
 /// Inserts a line unless it is there, for SQLite.
 pub const LINE_INSERT: &str = "INSERT INTO lines (boot, sequence, request_id, client_request_id, user_id, key_id, ratio_micro,
     account_id, endpoint, model_asked, model, model_upstream, price_version, tier, input, cached_input, output, usage_input,
     usage_cached, usage_output, usage_reasoning, counted_input, counted_output, billed, calibration_micro, estimated,
     flagged, hold_nano, charged_nano, absorbed_nano, started_ms, content_after_ms, duration_ms, end_reason, status, tries,
-    usage_audio_input, usage_image_input, usage_audio_output, usage_image_output)
+    usage_audio_input, usage_image_input, usage_audio_output, usage_image_output, units)
     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24,
-    ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36, ?37, ?38, ?39, ?40) ON CONFLICT DO NOTHING";
+    ?25, ?26, ?27, ?28, ?29, ?30, ?31, ?32, ?33, ?34, ?35, ?36, ?37, ?38, ?39, ?40, ?41) ON CONFLICT DO NOTHING";
 
 /// A line as the values of its columns.
 pub fn fields(boot: BootId, line: &Line) -> [Value; LINE_FIELDS + 1] {
@@ -193,6 +193,7 @@ pub fn fields(boot: BootId, line: &Line) -> [Value; LINE_FIELDS + 1] {
         line.usage_image_input.into(),
         line.usage_audio_output.into(),
         line.usage_image_output.into(),
+        line.units.into(),
     ]
 }
 
@@ -238,5 +239,6 @@ fn line_row(row: &Row) -> Result<Line, StoreError> {
         usage_image_input: row.get(36)?,
         usage_audio_output: row.get(37)?,
         usage_image_output: row.get(38)?,
+        units: row.get(39)?,
     })
 }

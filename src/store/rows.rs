@@ -353,6 +353,8 @@ pub struct Line {
     pub usage_image_input: Option<u64>,
     pub usage_audio_output: Option<u64>,
     pub usage_image_output: Option<u64>,
+    /// How often a price per call is charged.
+    pub units: u64,
     pub counted_input: Option<u64>,
     pub counted_output: Option<u64>,
     pub billed: Billed,

@@ -305,6 +305,7 @@ fn line(sequence: u64, user_id: i64, key_id: i64, price_version: i64, charged_na
         usage_image_input: None,
         usage_audio_output: None,
         usage_image_output: None,
+        units: 1,
         counted_input: None,
         counted_output: Some(3),
         billed: Billed::Usage,

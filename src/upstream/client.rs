@@ -51,41 +51,91 @@ struct Watched {
     read: Arc<AtomicBool>,
 }
 
-/// A request body in pieces, written without joining them.
-#[derive(Clone, Debug, Default)]
+/// A body in pieces, written without joining them, and perhaps a rest that is still arriving.
+#[derive(Debug, Default)]
 pub struct Pieces {
     pieces: SmallVec<[Bytes; 4]>,
     at: usize,
+    rest: Option<Rest>,
+}
+
+/// The rest of a body that is still arriving.
+pub struct Rest {
+    pub body: Pin<Box<dyn Body<Data = Bytes, Error = Stopped> + Send>>,
+    /// Its bytes, where its sender said how many there are.
+    pub length: Option<u64>,
+}
+
+/// A body stopped arriving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopped;
+
+impl std::fmt::Display for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the body stopped arriving")
+    }
+}
+
+impl std::error::Error for Stopped {}
+
+impl std::fmt::Debug for Rest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Rest({:?} bytes)", self.length)
+    }
 }
 
 impl Pieces {
     pub fn new(pieces: impl IntoIterator<Item = Bytes>) -> Pieces {
-        Pieces { pieces: pieces.into_iter().collect(), at: 0 }
+        Pieces { pieces: pieces.into_iter().collect(), at: 0, rest: None }
     }
 
-    /// Bytes left.
+    /// The same with a rest that comes behind the pieces.
+    pub fn with_rest(self, rest: Option<Rest>) -> Pieces {
+        Pieces { rest, ..self }
+    }
+
+    /// Bytes left of the pieces.
     pub fn len(&self) -> usize {
         self.pieces[self.at..].iter().map(Bytes::len).sum()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.at == self.pieces.len()
+        self.at == self.pieces.len() && self.rest.is_none()
+    }
+
+    /// Bytes left in all, where they are known.
+    fn length(&self) -> Option<u64> {
+        let rest = self.rest.as_ref().map_or(Some(0), |rest| rest.length)?;
+        Some(self.len() as u64 + rest)
+    }
+
+    /// The same again; `None` where a rest is still arriving, which comes once.
+    fn again(&self) -> Option<Pieces> {
+        self.rest.is_none().then(|| Pieces { pieces: self.pieces.clone(), at: self.at, rest: None })
     }
 }
 
 impl Body for Pieces {
     type Data = Bytes;
-    type Error = std::convert::Infallible;
+    type Error = Stopped;
 
-    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Stopped>>> {
         let at = self.at;
-        match self.pieces.get_mut(at).map(std::mem::take) {
-            Some(piece) => {
-                self.at += 1;
-                Poll::Ready(Some(Ok(Frame::data(piece))))
-            }
-            None => Poll::Ready(None),
+        if let Some(piece) = self.pieces.get_mut(at).map(std::mem::take) {
+            self.at += 1;
+            return Poll::Ready(Some(Ok(Frame::data(piece))));
         }
+        let Some(rest) = &mut self.rest else { return Poll::Ready(None) };
+        let polled = rest.body.as_mut().poll_frame(cx);
+        match &polled {
+            Poll::Ready(Some(Ok(frame))) => {
+                let bytes = frame.data_ref().map_or(0, Bytes::len) as u64;
+                rest.length = rest.length.map(|length| length.saturating_sub(bytes));
+            }
+            Poll::Ready(_) => self.rest = None,
+            Poll::Pending => {}
+        }
+        polled
     }
 
     fn is_end_stream(&self) -> bool {
@@ -93,7 +143,7 @@ impl Body for Pieces {
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.len() as u64)
+        self.length().map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }
 
@@ -202,12 +252,16 @@ impl Client {
         let origin = origin(request.uri());
         let deadline = tokio::time::Instant::now() + first_byte;
         let within = async {
-            // Once on a pooled connection; when it closed without a byte of answer, once on a fresh one.
-            let pooled = match self.take_idle(&origin) {
-                Some(line) => self.send_http1(line, copy(&request), &origin).await,
-                None => match self.take_shared(&origin) {
-                    Some(shared) => self.send_http2(shared, copy(&request), &origin, deadline).await,
-                    None => Err(Broken::NoAnswer),
+            // Once on a pooled connection; when it closed without a byte of answer, once on a fresh one. What cannot be
+            // sent twice has no pooled one.
+            let pooled = match copy(&request) {
+                None => Err(Broken::NoAnswer),
+                Some(request) => match self.take_idle(&origin) {
+                    Some(line) => self.send_http1(line, request, &origin).await,
+                    None => match self.take_shared(&origin) {
+                        Some(shared) => self.send_http2(shared, request, &origin, deadline).await,
+                        None => Err(Broken::NoAnswer),
+                    },
                 },
             };
             if !matches!(pooled, Err(Broken::NoAnswer)) {
@@ -363,12 +417,13 @@ enum Connected {
     Http2(Shared),
 }
 
-fn copy(request: &Request<Pieces>) -> Request<Pieces> {
-    let mut copy = Request::new(request.body().clone());
+/// The same request again, if it can be sent twice.
+fn copy(request: &Request<Pieces>) -> Option<Request<Pieces>> {
+    let mut copy = Request::new(request.body().again()?);
     *copy.method_mut() = request.method().clone();
     *copy.uri_mut() = request.uri().clone();
     *copy.headers_mut() = request.headers().clone();
-    copy
+    Some(copy)
 }
 
 fn origin(uri: &Uri) -> Origin {

@@ -12,10 +12,11 @@ use tokio::time::Sleep;
 use super::openai::{DONE, chunk_event};
 use super::{Adapter, Ask, Via};
 use crate::meter::{Vocabulary, count_prompt};
+use crate::request::Form;
 use crate::store::{hex, now_ms, random};
 
 /// One row of [`super::ADAPTERS`].
-pub static ADAPTER: Adapter = Adapter { dialect: "demo", keyless: true, via: Via::Local(answer) };
+pub static ADAPTER: Adapter = Adapter { dialect: "demo", forms: &[Form::Chat], keyless: true, via: Via::Local(answer) };
 
 /// A pause between two words, so that a stream looks like one.
 const WORD_EVERY: Duration = Duration::from_millis(20);

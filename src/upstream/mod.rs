@@ -9,14 +9,14 @@ mod frames;
 pub mod openai;
 mod whole;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, RETRY_AFTER};
+use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
 use hyper::{Request, Response};
 
-pub use client::{Broken, Client, Pieces, Source};
+pub use client::{Broken, Client, Pieces, Rest, Source, Stopped};
 pub use frames::{Editing, Frame, Frames, Place};
 pub use whole::Whole;
 
@@ -24,12 +24,14 @@ use crate::catalog::Model;
 use crate::config::{Retry, UpstreamBounds};
 use crate::error::Error;
 use crate::pool::{Permit, Pool};
-use crate::request::Head;
+use crate::request::{Api, Form, Head};
 
 /// A provider's dialect.
 #[derive(Debug)]
 pub struct Adapter {
     pub dialect: &'static str,
+    /// What can be called in it.
+    pub forms: &'static [Form],
     /// Its endpoints need no account of the operator's.
     pub keyless: bool,
     via: Via,
@@ -57,8 +59,20 @@ pub fn is_keyless(dialect: &str) -> bool {
     ADAPTERS.iter().any(|adapter| adapter.dialect == dialect && adapter.keyless)
 }
 
+/// Whether an endpoint that serves the model speaks a dialect in which `api` can be called.
+pub fn serves(model: &Model, api: &Api) -> bool {
+    model
+        .offers
+        .iter()
+        .any(|offer| adapter(&offer.endpoint.dialect).is_some_and(|found| found.forms.contains(&api.form)))
+}
+
+fn adapter(dialect: &str) -> Option<&'static Adapter> {
+    ADAPTERS.into_iter().find(|adapter| adapter.dialect == dialect)
+}
+
 /// What is asked of an upstream.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Ask {
     pub model: Arc<Model>,
     pub head: Head,
@@ -66,6 +80,42 @@ pub struct Ask {
     /// What `max_tokens` has to be lowered to.
     pub clamp: Option<u64>,
     pub user_id: i64,
+    /// The body is a form, of which `body` is the beginning.
+    pub upload: Option<Upload>,
+}
+
+/// A form on its way.
+#[derive(Debug)]
+pub struct Upload {
+    /// As the client sent it, the boundary included.
+    pub content_type: HeaderValue,
+    pub boundary: String,
+    /// What is still arriving, until a try takes it.
+    rest: Mutex<Option<Rest>>,
+    /// It is not all here: a try that sends it is the only one.
+    once: bool,
+    /// Why the rest stopped coming, once it has: the client's own fault.
+    failure: Arc<OnceLock<Error>>,
+}
+
+impl Upload {
+    pub fn new(
+        content_type: HeaderValue,
+        boundary: String,
+        rest: Option<Rest>,
+        failure: Arc<OnceLock<Error>>,
+    ) -> Upload {
+        Upload { content_type, boundary, once: rest.is_some(), rest: Mutex::new(rest), failure }
+    }
+
+    fn take_rest(&self) -> Option<Rest> {
+        self.rest.lock().expect("no holder of this lock panics").take()
+    }
+
+    /// Its rest has been sent, at least in part, and cannot be sent again.
+    fn is_sent(&self) -> bool {
+        self.once && self.rest.lock().expect("no holder of this lock panics").is_none()
+    }
 }
 
 /// An answer that has begun (a stream) or is whole.
@@ -73,6 +123,19 @@ pub struct Ask {
 pub enum Answer {
     Stream(Box<Frames>),
     Whole(Whole),
+    /// No completion and no JSON: sound, a text, events. It is passed on as it comes.
+    Other(Box<Other>),
+}
+
+/// An answer that is passed on as it comes.
+#[derive(Debug)]
+pub struct Other {
+    pub content_type: Option<HeaderValue>,
+    /// Bytes that are still to come, where its head said so.
+    pub left: Option<u64>,
+    pub source: Source,
+    /// Given back when the connection is idle again, or closed.
+    pub permit: Permit,
 }
 
 /// Asks upstreams.
@@ -144,7 +207,7 @@ impl Upstream {
             if let Some(rest) = failure.rest {
                 self.pool.rest(&account, rest);
             }
-            if !failure.again || Instant::now() >= deadline {
+            if !failure.again || Instant::now() >= deadline || ask.upload.as_ref().is_some_and(Upload::is_sent) {
                 return Err(failure.error);
             }
             last = Some(failure.error);
@@ -153,12 +216,14 @@ impl Upstream {
     }
 
     async fn try_once(&self, ask: &Ask, permit: Permit) -> Result<Answer, Failure> {
-        let dialect = &permit.offer.endpoint.dialect;
-        let adapter = ADAPTERS.iter().find(|adapter| adapter.dialect == dialect);
-        let response = match adapter.map(|adapter| &adapter.via) {
-            Some(Via::Http(request)) => self.send(ask, request(ask, &permit).map_err(Failure::elsewhere)?).await?,
-            Some(Via::Local(answer)) => Response::new(Source::Local(answer(ask))),
-            None => return Err(Failure::last(Error::Internal)),
+        let adapter = adapter(&permit.offer.endpoint.dialect).ok_or(Failure::last(Error::Internal))?;
+        if !adapter.forms.contains(&ask.head.api.form) {
+            let (model, path) = (ask.model.name.clone(), ask.head.api.path);
+            return Err(Failure::elsewhere(Error::ModelUnsuited { model, path }));
+        }
+        let response = match &adapter.via {
+            Via::Http(request) => self.send(ask, request(ask, &permit).map_err(Failure::elsewhere)?).await?,
+            Via::Local(answer) => Response::new(Source::Local(answer(ask))),
         };
         if response.status() != 200 {
             return Err(self.refused(ask, &permit, response).await);
@@ -167,14 +232,23 @@ impl Upstream {
         if encoding.is_some_and(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
             return Err(Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is compressed" }));
         }
-        if ask.head.stream { self.stream(ask, permit, response).await } else { self.whole(ask, permit, response).await }
+        match ask.head.stream {
+            true => self.stream(ask, permit, response).await,
+            false if ask.head.api.is_measured() || is_json(response.headers()) => {
+                self.whole(ask, permit, response).await
+            }
+            false => Ok(other(permit, response)),
+        }
     }
 
     async fn send(&self, ask: &Ask, request: Request<Pieces>) -> Result<Response<Source>, Failure> {
         let first_byte_s =
             if ask.head.stream { self.bounds.first_byte_timeout_s } else { self.bounds.answer_timeout_s };
+        let rest = ask.upload.as_ref().and_then(Upload::take_rest);
+        let (head, body) = request.into_parts();
+        let request = Request::from_parts(head, body.with_rest(rest));
         let sent = self.client.send(request, Duration::from_secs(first_byte_s)).await;
-        sent.map_err(|broken| match broken {
+        let failed = sent.map_err(|broken| match broken {
             Broken::Connect => Failure::elsewhere(Error::UpstreamFailed { reason: "it cannot be reached" }),
             Broken::NoAnswer => Failure::elsewhere(Error::UpstreamFailed { reason: "it closed the connection" }),
             Broken::Cut => Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is not HTTP" }),
@@ -184,6 +258,10 @@ impl Upstream {
                 again: self.retry.retry_after_timeout,
                 rest: None,
             },
+        });
+        failed.map_err(|failure| match ask.upload.as_ref().and_then(|upload| upload.failure.get()) {
+            Some(error) => Failure::last(error.clone()),
+            None => failure,
         })
     }
 
@@ -219,7 +297,7 @@ impl Upstream {
     async fn whole(&self, ask: &Ask, permit: Permit, response: Response<Source>) -> Result<Answer, Failure> {
         let body = self.read(response.into_body(), self.bounds.answer_bytes_max).await?;
         let mapped = permit.offer.upstream_model != ask.model.name;
-        Whole::read(body, ask.model.vocabulary, mapped.then_some(ask.model.name.as_str()))
+        Whole::read(body, ask.head.api, ask.model.vocabulary, mapped.then_some(ask.model.name.as_str()))
             .map(Answer::Whole)
             .ok_or_else(|| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is no completion" }))
     }
@@ -285,6 +363,18 @@ impl Failure {
     fn last(error: Error) -> Failure {
         Failure { error, again: false, rest: None }
     }
+}
+
+fn other(permit: Permit, response: Response<Source>) -> Answer {
+    let header = |name| response.headers().get(name);
+    let left = header(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.trim().parse().ok());
+    let content_type = header(CONTENT_TYPE).cloned();
+    Answer::Other(Box::new(Other { content_type, left, source: response.into_body(), permit }))
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).map(|kind| kind.as_bytes().to_ascii_lowercase());
+    kind.is_some_and(|kind| kind.starts_with(b"application/json"))
 }
 
 /// Seconds of `Retry-After`, or milliseconds of `retry-after-ms`; a date is not worth a parser for a pause.

@@ -8,17 +8,23 @@ use super::client::Pieces;
 use super::{Adapter, Ask, Via};
 use crate::error::Error;
 use crate::pool::Permit;
-use crate::request::{Edit, MaxField, splice};
+use crate::request::{Edit, Form, MaxField, rename, splice};
 
 /// One row of [`super::ADAPTERS`].
-pub static ADAPTER: Adapter = Adapter { dialect: "openai", keyless: false, via: Via::Http(request) };
+pub static ADAPTER: Adapter = Adapter {
+    dialect: "openai",
+    forms: &[Form::Chat, Form::Completion, Form::Embedding, Form::Json, Form::Multipart],
+    keyless: false,
+    via: Via::Http(request),
+};
 
 /// The client's body with what differs spliced in, under the account's key.
 fn request(ask: &Ask, permit: &Permit) -> Result<Request<Pieces>, Error> {
     let misconfigured = || Error::UpstreamFailed { reason: "its address or key is not usable" };
     let endpoint = &permit.offer.endpoint;
     let base = permit.account.base_url.as_deref().unwrap_or(&endpoint.base_url);
-    let uri: Uri = format!("{}/chat/completions", base.trim_end_matches('/')).parse().map_err(|_| misconfigured())?;
+    let uri: Uri =
+        format!("{}{}", base.trim_end_matches('/'), ask.head.api.path).parse().map_err(|_| misconfigured())?;
     let host = uri.authority().map(|authority| authority.as_str().to_owned()).ok_or_else(misconfigured)?;
     let mut bearer =
         HeaderValue::from_str(&format!("Bearer {}", permit.account.key.expose())).map_err(|_| misconfigured())?;
@@ -31,23 +37,39 @@ fn request(ask: &Ask, permit: &Permit) -> Result<Request<Pieces>, Error> {
     let headers = request.headers_mut();
     headers.insert(HOST, HeaderValue::from_str(&host).map_err(|_| misconfigured())?);
     headers.insert(AUTHORIZATION, bearer);
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+    match &ask.upload {
+        // Its length follows from the body, which may still be arriving.
+        Some(upload) => headers.insert(CONTENT_TYPE, upload.content_type.clone()),
+        None => {
+            headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"))
+        }
+    };
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-    headers.insert(
-        ACCEPT,
-        HeaderValue::from_static(if ask.head.stream { "text/event-stream" } else { "application/json" }),
-    );
+    let accept = match ask.head.api.is_measured() {
+        true if ask.head.stream => "text/event-stream",
+        true => "application/json",
+        false => "*/*",
+    };
+    headers.insert(ACCEPT, HeaderValue::from_static(accept));
     *request.body_mut() = body;
     Ok(request)
 }
 
 fn body(ask: &Ask, permit: &Permit) -> Pieces {
+    if let Some(upload) = &ask.upload {
+        let named = match permit.offer.upstream_model == ask.head.model {
+            true => ask.body.clone().into(),
+            false => rename(&ask.body, &ask.head, &upload.boundary, &permit.offer.upstream_model),
+        };
+        return Pieces::new(named);
+    }
     let mut edits: smallvec::SmallVec<[Edit<'_>; 3]> = smallvec::SmallVec::new();
     if permit.offer.upstream_model != ask.head.model {
         edits.push(Edit::Model(&permit.offer.upstream_model));
     }
-    if ask.head.stream && permit.offer.endpoint.stream_options && !ask.head.include_usage {
+    let has_options = ask.head.api.is_completion() && permit.offer.endpoint.stream_options;
+    if ask.head.stream && has_options && !ask.head.include_usage {
         edits.push(Edit::IncludeUsage);
     }
     if let Some(value) = ask.clamp {

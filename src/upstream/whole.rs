@@ -3,7 +3,8 @@
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::meter::{Meter, Reader, Usage, Vocabulary};
+use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary};
+use crate::request::{Api, Form};
 
 /// A whole answer in OpenAI's shape.
 #[derive(Debug)]
@@ -18,14 +19,25 @@ pub struct Whole {
     pub tool_calls: u64,
     /// It carries anything of an answer: without, it costs nothing.
     pub content: bool,
+    /// Its output was counted here.
+    pub measured: bool,
 }
 
 impl Whole {
-    /// Reads an answer; `None` when it is no completion. `model` is the name to put in place of the upstream's.
-    pub fn read(body: Bytes, vocabulary: Vocabulary, model: Option<&str>) -> Option<Whole> {
+    /// Reads an answer; `None` when it is none of what was called. `model` is the name to put in place of the upstream's.
+    pub fn read(body: Bytes, api: &Api, vocabulary: Vocabulary, model: Option<&str>) -> Option<Whole> {
         let mut meter = Meter::new(vocabulary);
-        let read = Reader::new().read(&body, &mut meter)?;
-        if read.error || read.choices == 0 {
+        let read = match Reader::new().read(&body, &mut meter) {
+            // Some rank without an object around the list.
+            None if !api.is_measured() => Chunk::default(),
+            read => read?,
+        };
+        let (is_answer, content) = match api.form {
+            Form::Chat | Form::Completion => (read.choices > 0, read.content),
+            Form::Embedding => (read.data > 0, read.data > 0),
+            Form::Json | Form::Multipart => (true, true),
+        };
+        if read.error || !is_answer {
             return None;
         }
         let pieces = match read.model.zip(model) {
@@ -43,7 +55,8 @@ impl Whole {
             output: meter.total(),
             estimated: meter.is_estimated(),
             tool_calls: meter.tool_calls(),
-            content: read.content,
+            content,
+            measured: api.is_measured(),
         })
     }
 }

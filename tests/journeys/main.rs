@@ -10,6 +10,7 @@ mod http2;
 mod limits;
 mod money;
 mod node;
+mod paths;
 mod upstream;
 mod wire;
 

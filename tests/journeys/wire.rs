@@ -376,7 +376,7 @@ async fn bad_requests_are_told_what_is_wrong_and_cost_nothing() {
 async fn other_paths_and_methods_are_told_what_exists() {
     let upstream = Upstream::start(|_, _| vec![]).await;
     let node = Setup::at(&upstream).start().await;
-    let unknown = node.send(&get("/v1/audio/speech")).await.read().await;
+    let unknown = node.send(&get("/v1/threads")).await.read().await;
     assert_eq!((unknown.status, unknown.json()["error"]["type"].as_str()), (404, Some("invalid_request_error")));
     assert!(unknown.text().contains("/v1/chat/completions"));
     let wrong = node.send(&get("/chat/completions")).await.read().await;

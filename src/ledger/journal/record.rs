@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::store::{Billed, EndReason, Line};
 
 /// "gcj" and the version of the record format.
-pub const MAGIC: u32 = u32::from_le_bytes(*b"gcj2");
+pub const MAGIC: u32 = u32::from_le_bytes(*b"gcj3");
 /// magic, length, sequence, kind
 pub const HEAD_BYTES: usize = 4 + 4 + 8 + 1;
 const CRC_BYTES: usize = 4;

@@ -31,6 +31,7 @@ fn line(sequence: u64) -> Line {
         usage_image_input: None,
         usage_audio_output: None,
         usage_image_output: None,
+        units: 1,
         counted_input: None,
         counted_output: None,
         billed: Billed::Nothing,

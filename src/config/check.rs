@@ -73,6 +73,7 @@ pub fn config(typed: Typed, dialects: &[&str]) -> Result<Config, Errors> {
             enabled: raw.commands.enabled.unwrap_or(true),
             prefix: c.command_prefix(raw.commands.prefix),
         },
+        errors: ToldErrors { in_chat: raw.errors.in_chat.unwrap_or(false) },
         title_catch: c.title_catch(raw.title_catch, &served),
         retry: Retry {
             tries: c.number("retry.tries", raw.retry.tries, 3, 1..=RETRY_TRIES_MAX),

@@ -51,6 +51,7 @@ pub struct Config {
     pub server: Server,
     pub admin: Admin,
     pub commands: Commands,
+    pub errors: ToldErrors,
     pub title_catch: TitleCatch,
     pub retry: Retry,
     pub pool: PoolBounds,
@@ -188,6 +189,13 @@ pub struct Commands {
     pub enabled: bool,
     /// One to eight characters, no blanks.
     pub prefix: String,
+}
+
+/// How a failure is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToldErrors {
+    /// As the text of an answer with status 200, for front ends that show nothing else.
+    pub in_chat: bool,
 }
 
 /// Sends the calls that front ends make behind the user's back to a cheap model.

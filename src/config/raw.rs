@@ -17,6 +17,7 @@ pub struct Raw {
     pub server: RawServer,
     pub admin: RawAdmin,
     pub commands: RawCommands,
+    pub errors: RawErrors,
     pub title_catch: RawTitleCatch,
     pub retry: RawRetry,
     pub pool: RawPool,
@@ -64,6 +65,12 @@ pub struct RawAdmin {
 pub struct RawCommands {
     pub enabled: Option<bool>,
     pub prefix: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawErrors {
+    pub in_chat: Option<bool>,
 }
 
 #[derive(Default, Deserialize)]

@@ -2,13 +2,16 @@
 
 use bytes::Bytes;
 use hyper::Response;
+use hyper::header::{ACCEPT, HeaderMap};
 use serde_json::{Value, json};
 
 use super::reply::{self, Reply};
-use super::{Gateway, Snapshot, unanswered};
+use super::{Gateway, Snapshot, in_chat, unanswered};
+use crate::config::Language;
 use crate::error::Error;
 use crate::preprocess::Command;
 use crate::preprocess::command::{Facts, Needs};
+use crate::request::Head;
 use crate::store::{StoreError, now_ms};
 use crate::upstream::Pieces;
 use crate::upstream::openai::{DONE, chunk_event};
@@ -41,7 +44,36 @@ pub async fn command(
         balance_nano,
         redeemed_nano,
     });
-    Ok(completion(command, &text, request_id))
+    let Command { model, stream, include_usage, .. } = command;
+    Ok(completion(&Shape { model: model.clone(), stream: *stream, include_usage: *include_usage }, &text, request_id))
+}
+
+/// What a client asked for its answer to look like.
+#[derive(Clone, Debug, Default)]
+pub struct Shape {
+    /// The model's name, as the client knows it.
+    pub model: String,
+    pub stream: bool,
+    pub include_usage: bool,
+}
+
+impl Shape {
+    /// As a request asks for it.
+    pub fn of(head: &Head) -> Shape {
+        Shape { model: head.model.clone(), stream: head.stream, include_usage: head.include_usage }
+    }
+
+    /// As far as it can be told from the headers of a request whose body was not read.
+    pub fn unread(headers: &HeaderMap) -> Shape {
+        let accept = headers.get(ACCEPT).and_then(|accept| accept.to_str().ok());
+        let stream = accept.is_some_and(|accept| accept.contains("text/event-stream"));
+        Shape { stream, ..Shape::default() }
+    }
+}
+
+/// An error as the text of a completion: see [`in_chat`].
+pub fn error(error: &Error, shape: &Shape, language: Language, request_id: &str) -> Response<Reply> {
+    completion(shape, &in_chat::text(error, language), request_id)
 }
 
 /// What the code was worth; `None` when it is worth nothing.
@@ -57,13 +89,13 @@ async fn redeem(gateway: &Gateway, user_id: i64, code: &str) -> Result<Option<i6
 }
 
 /// A text as a completion, streamed or not, with a usage of zero.
-fn completion(command: &Command, text: &str, request_id: &str) -> Response<Reply> {
+fn completion(shape: &Shape, text: &str, request_id: &str) -> Response<Reply> {
     let usage = json!({ "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0 });
     let answer = |object: &str, choices: Value| {
         json!({ "id": format!("chatcmpl-{request_id}"), "object": object, "created": now_ms() / 1000,
-                "model": command.model, "choices": choices })
+                "model": shape.model, "choices": choices })
     };
-    if !command.stream {
+    if !shape.stream {
         let message = json!({ "role": "assistant", "content": text, "refusal": null });
         let mut whole = answer(
             "chat.completion",
@@ -78,7 +110,7 @@ fn completion(command: &Command, text: &str, request_id: &str) -> Response<Reply
     };
     let mut events =
         vec![event(json!({ "role": "assistant", "content": text }), Value::Null), event(json!({}), "stop".into())];
-    if command.include_usage {
+    if shape.include_usage {
         let mut last = answer("chat.completion.chunk", json!([]));
         last["usage"] = usage;
         events.push(chunk_event(&last));

@@ -5,21 +5,23 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, TRANSFER_ENCODING};
+use hyper::header::{AUTHORIZATION, HeaderMap};
 use hyper::http::request::Parts;
 use hyper::{Request, Response, Version};
 
-use super::body::{self, Weight};
+use super::body::Weight;
+use super::chat::Shape;
 use super::models;
 use super::pass::Pass;
+use super::receive::{self, Received};
 use super::relay::{Relay, Terms};
 use super::reply::{self, Reply};
 use super::route::{self, Route};
-use super::{Gateway, Snapshot, billing, chat, usage};
+use super::{Gateway, Snapshot, billing, chat, compress, usage};
 use crate::error::Error;
 use crate::ledger::{Ask, Ended, OpenLine};
 use crate::preprocess::{self, Admitted, Call, Decision, World};
-use crate::request::{Api, Form, Head};
+use crate::request::Form;
 use crate::store::{EndReason, now_ms};
 use crate::upstream::{self, Answer, Upload, Whole};
 
@@ -35,64 +37,68 @@ pub async fn answer(gateway: Arc<Gateway>, request: Request<Incoming>) -> Respon
     let request_id = gateway.request_ids.next();
     let (parts, body) = request.into_parts();
     let result = walk(&gateway, &parts, body, &request_id).await;
-    let mut response = result.unwrap_or_else(|error| {
+    let mut response = result.unwrap_or_else(|Refused { error, shape }| {
         tracing::info!(request_id, error = error.row().name, fault = error.row().fault.name(), "refused");
-        reply::error(&error)
+        let config = &gateway.snapshot.load().config;
+        match shape.filter(|_| config.errors.in_chat) {
+            Some(shape) => chat::error(&error, &shape, config.language, &request_id),
+            None => reply::error(&error),
+        }
     });
+    compress::compress(&mut response, &parts.headers).await;
     reply::finish(&mut response, &parts.headers, &request_id);
     let (status, head_ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
     tracing::info!(request_id, method = %parts.method, path = parts.uri.path(), status, head_ms, "answered");
     response
 }
 
-async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -> Result<Response<Reply>, Error> {
+/// A request that failed, and what its answer was to look like where errors are told in the chat.
+struct Refused {
+    error: Error,
+    shape: Option<Shape>,
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Refused {
+        Refused { error, shape: None }
+    }
+}
+
+async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -> Result<Response<Reply>, Refused> {
     let snapshot = gateway.snapshot.load_full();
     let admit = || preprocess::admit(&world(gateway, &snapshot), presented(&parts.headers));
-    match route::of(&parts.method, parts.uri.path())? {
-        Route::Preflight => Ok(reply::preflight(&parts.headers)),
-        Route::Health => Ok(reply::text(hyper::StatusCode::OK, "ok\n")),
-        Route::Ready => gateway.ready().map(|()| reply::text(hyper::StatusCode::OK, "ready\n")),
-        Route::Models => Ok(models::list(&admit()?, &snapshot.catalog, &gateway.pool)),
-        Route::Model(name) => models::one(&admit()?, &snapshot.catalog, &gateway.pool, &name),
-        Route::Usage => usage::of_key(gateway, &snapshot, &admit()?, parts.uri.query().unwrap_or_default()).await,
-        Route::Subscription => billing::subscription(gateway, &admit()?).await,
-        Route::Billed => billing::usage(gateway, &admit()?).await,
-        Route::Call(api) => call(gateway, &snapshot, api, parts, admit()?, body, id).await,
-    }
+    Ok(match route::of(&parts.method, parts.uri.path())? {
+        Route::Preflight => reply::preflight(&parts.headers),
+        Route::Health => reply::text(hyper::StatusCode::OK, "ok\n"),
+        Route::Ready => gateway.ready().map(|()| reply::text(hyper::StatusCode::OK, "ready\n"))?,
+        Route::Models => models::list(&admit()?, &snapshot.catalog, &gateway.pool),
+        Route::Model(name) => models::one(&admit()?, &snapshot.catalog, &gateway.pool, &name)?,
+        Route::Usage => usage::of_key(gateway, &snapshot, &admit()?, parts.uri.query().unwrap_or_default()).await?,
+        Route::Subscription => billing::subscription(gateway, &admit()?).await?,
+        Route::Billed => billing::usage(gateway, &admit()?).await?,
+        Route::Call(api) => {
+            let in_chat = snapshot.config.errors.in_chat && api.form == Form::Chat;
+            let unread = |error| Refused { error, shape: in_chat.then(|| Shape::unread(&parts.headers)) };
+            let admitted = admit().map_err(unread)?;
+            gateway.ready().map_err(unread)?;
+            let received = receive::receive(gateway, &snapshot, api, parts, body).await.map_err(unread)?;
+            let shape = in_chat.then(|| Shape::of(&received.head));
+            let called = call(gateway, &snapshot, parts, admitted, received, id).await;
+            called.map_err(|error| Refused { error, shape })?
+        }
+    })
 }
 
 async fn call(
     gateway: &Arc<Gateway>,
     snapshot: &Snapshot,
-    api: &'static Api,
     parts: &Parts,
     admitted: Admitted,
-    body: Incoming,
+    received: Received,
     request_id: &str,
 ) -> Result<Response<Reply>, Error> {
-    gateway.ready()?;
-    if parts.headers.contains_key(CONTENT_LENGTH) && parts.headers.contains_key(TRANSFER_ENCODING) {
-        // Two lengths: behind a proxy that believes the other one, the rest would be somebody else's request.
-        return Err(Error::body("content-length", "must not come together with transfer-encoding"));
-    }
-    let server = &snapshot.config.server;
-    let progress = Duration::from_secs(server.body_timeout_s);
-    let announced = if api.form == Form::Multipart { body::announced_form(&parts.headers)? } else { None };
-    let (head, body, upload, weight) = match announced {
-        Some(form) => {
-            // Images: how many are asked for decides the price, and may stand behind them.
-            let (whole, max) = (api.model_default.is_some(), server.body_bytes_max);
-            let begun = body::read_form(&gateway.bodies, form, body, max, progress, whole).await?;
-            let content_type = parts.headers.get(CONTENT_TYPE).cloned().ok_or(Error::Internal)?;
-            let upload = Upload::new(content_type, begun.boundary, begun.rest, begun.failure);
-            (Head::of_form(api, &begun.fields)?, begun.begun, Some(upload), begun.weight)
-        }
-        None => {
-            body::check_media_type(&parts.headers)?;
-            let (body, weight) = body::read(&gateway.bodies, body, server.body_bytes_max, progress).await?;
-            (Head::read_as(api, &body)?, body, None, weight)
-        }
-    };
+    let Received { head, body, upload, weight } = received;
+    let api = head.api;
     match preprocess::decide(&world(gateway, snapshot), admitted, head, body)? {
         Decision::Answer(command) => chat::command(gateway, snapshot, &command, request_id).await,
         Decision::Forward(call) if !upstream::serves(&call.model, api) => {
@@ -197,6 +203,7 @@ fn terms(
         total_max: gateway.upstream.total_max(),
         begun: tokio::time::Instant::now(),
         breaks: parts.version < Version::HTTP_2,
+        in_chat: snapshot.config.errors.in_chat.then_some(snapshot.config.language),
         stop: gateway.stop.clone(),
         _weight: weight,
     }

@@ -17,7 +17,9 @@ use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 
 use super::body::Weight;
+use super::in_chat;
 use super::journey::Opened;
+use crate::config::Language;
 use crate::error::Error;
 use crate::ledger::{Ended, OpenLine, Slices};
 use crate::request::{Api, Form};
@@ -59,6 +61,8 @@ pub struct Terms {
     pub begun: Instant,
     /// Errors break the connection: HTTP/1.1.
     pub breaks: bool,
+    /// Errors are told as text of the answer, which then ends well, in this language.
+    pub in_chat: Option<Language>,
     /// Notified when the node's patience with open streams is over.
     pub stop: Arc<Notify>,
     /// Counts the request's body as in flight for as long as the relay lives.
@@ -389,6 +393,9 @@ impl Relay {
     /// Over HTTP/1.1 the connection breaks, so that nobody takes the stream for whole. Over HTTP/2 a reset may overtake
     /// the error event itself; the event then has to do, with no terminator behind it.
     fn after_error(&self) -> Phase {
+        if self.tells_in_chat().is_some() {
+            return Phase::Ending;
+        }
         if self.terms.breaks { Phase::Breaking { flushed: false } } else { Phase::Ending }
     }
 
@@ -399,7 +406,25 @@ impl Relay {
         self.phase = self.after_error();
     }
 
+    /// The language of errors that are told as text of a chat.
+    fn tells_in_chat(&self) -> Option<Language> {
+        self.terms.in_chat.filter(|_| self.terms.api.form == Form::Chat)
+    }
+
     fn error_event(&mut self, error: &Error) {
+        if let Some(language) = self.tells_in_chat() {
+            let gap = if self.content { "\n\n" } else { "" };
+            let text = format!("{gap}{}", in_chat::text(error, language));
+            let chunk = |delta: serde_json::Value, finish: Option<&str>| {
+                let choices = json!([{ "index": 0, "delta": delta, "finish_reason": finish }]);
+                chunk_event(&json!({ "id": format!("chatcmpl-{}", self.terms.request_id), "model": self.terms.model,
+                                     "object": "chat.completion.chunk", "created": crate::store::now_ms() / 1000,
+                                     "choices": choices }))
+            };
+            let told = chunk(json!({ "role": "assistant", "content": text }), None);
+            let ending = [told, chunk(json!({}), Some("stop")), [b"data: ", DONE, b"\n\n"].concat().into()];
+            return self.out.extend(ending);
+        }
         let body = error.body_json();
         self.out.push_back([b"data: ", &body[..], b"\n\n"].concat().into());
     }

@@ -99,6 +99,11 @@ impl Pieces {
         self.pieces[self.at..].iter().map(Bytes::len).sum()
     }
 
+    /// The pieces that are left.
+    pub fn left(&self) -> &[Bytes] {
+        &self.pieces[self.at..]
+    }
+
     pub fn is_empty(&self) -> bool {
         self.at == self.pieces.len() && self.rest.is_none()
     }

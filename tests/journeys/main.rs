@@ -6,6 +6,7 @@
 mod cluster;
 mod corpus;
 mod faults;
+mod front_ends;
 mod http2;
 mod limits;
 mod money;

@@ -45,6 +45,10 @@ const BUILT_IN_CURRENCY: &str = "USD";
 /// The dialect that answers by itself.
 const DEMO: &str = "demo";
 
+/// The dialect that has versions, and the one it speaks unless told otherwise: the last that is no preview.
+const AZURE: &str = "azure";
+const AZURE_API_VERSION: &str = "2024-10-21";
+
 /// How the names of models begin whose reasoning is billed but not shown.
 const BILLS_UNSEEN: [&str; 4] = ["o1", "o3", "o4", "gpt-5"];
 
@@ -332,15 +336,16 @@ impl Check {
         let dialect = self.dialect(&key, raw.dialect, dialects);
         Endpoint {
             base_url: self.base_url(&key, raw.base_url, &dialect),
-            dialect,
             models,
             mapping: raw.mapping,
             stream_options: raw.stream_options.unwrap_or(true),
+            api_version: self.api_version(&key, raw.api_version, &dialect),
             on_disconnect: self.choice(
                 &below(&key, "on_disconnect"),
                 raw.on_disconnect,
                 &[("cancel", OnDisconnect::Cancel), ("drain", OnDisconnect::Drain)],
             ),
+            dialect,
             name,
         }
     }
@@ -355,6 +360,26 @@ impl Check {
             None => self.refuse(endpoint, format!("expected a dialect, one of {}", dialects.join(", "))),
         }
         String::new()
+    }
+
+    fn api_version(&mut self, endpoint: &str, typed: Option<String>, dialect: &str) -> String {
+        let key = below(endpoint, "api_version");
+        let is_version = |text: &str| {
+            (1..=32).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+        };
+        match typed {
+            None if dialect == AZURE => AZURE_API_VERSION.to_owned(),
+            None => String::new(),
+            Some(version) if dialect != AZURE => {
+                self.refuse(&key, format!("expected none: only the dialect {AZURE} has one, found {version:?}"));
+                String::new()
+            }
+            Some(version) if is_version(&version) => version,
+            Some(version) => {
+                self.refuse(&key, format!("expected a version such as {AZURE_API_VERSION:?}, found {version:?}"));
+                String::new()
+            }
+        }
     }
 
     fn base_url(&mut self, endpoint: &str, typed: Option<String>, dialect: &str) -> String {

@@ -139,6 +139,7 @@ pub struct RawEndpoint {
     pub models: Vec<String>,
     pub mapping: BTreeMap<String, String>,
     pub stream_options: Option<bool>,
+    pub api_version: Option<String>,
     pub on_disconnect: Option<String>,
 }
 

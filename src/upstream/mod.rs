@@ -3,6 +3,7 @@
 //! A provider is one file and one row of [`ADAPTERS`]. Another account is tried only before content: until then nothing
 //! of the answer has reached the client.
 
+mod azure;
 mod client;
 pub mod demo;
 mod frames;
@@ -47,7 +48,7 @@ enum Via {
 }
 
 /// Every dialect.
-pub static ADAPTERS: [&Adapter; 2] = [&openai::ADAPTER, &demo::ADAPTER];
+pub static ADAPTERS: [&Adapter; 3] = [&openai::ADAPTER, &azure::ADAPTER, &demo::ADAPTER];
 
 /// The names of all dialects, for the configuration.
 pub fn dialects() -> Vec<&'static str> {

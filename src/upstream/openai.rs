@@ -1,7 +1,9 @@
 //! The dialect `openai`: OpenAI's chat completions, and everybody who is compatible with them.
 
 use bytes::Bytes;
-use hyper::header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
+};
 use hyper::{Method, Request, Uri};
 
 use super::client::Pieces;
@@ -18,17 +20,25 @@ pub static ADAPTER: Adapter = Adapter {
     via: Via::Http(request),
 };
 
-/// The client's body with what differs spliced in, under the account's key.
 fn request(ask: &Ask, permit: &Permit) -> Result<Request<Pieces>, Error> {
+    let bearer = format!("Bearer {}", permit.account.key.expose());
+    request_to(ask.head.api.path, AUTHORIZATION, &bearer, ask, permit)
+}
+
+/// The client's body with what differs spliced in, to `path` behind the base URL, with the account's key in a header.
+pub(super) fn request_to(
+    path: &str,
+    key_header: HeaderName,
+    key: &str,
+    ask: &Ask,
+    permit: &Permit,
+) -> Result<Request<Pieces>, Error> {
     let misconfigured = || Error::UpstreamFailed { reason: "its address or key is not usable" };
-    let endpoint = &permit.offer.endpoint;
-    let base = permit.account.base_url.as_deref().unwrap_or(&endpoint.base_url);
-    let uri: Uri =
-        format!("{}{}", base.trim_end_matches('/'), ask.head.api.path).parse().map_err(|_| misconfigured())?;
+    let base = permit.account.base_url.as_deref().unwrap_or(&permit.offer.endpoint.base_url);
+    let uri: Uri = format!("{}{path}", base.trim_end_matches('/')).parse().map_err(|_| misconfigured())?;
     let host = uri.authority().map(|authority| authority.as_str().to_owned()).ok_or_else(misconfigured)?;
-    let mut bearer =
-        HeaderValue::from_str(&format!("Bearer {}", permit.account.key.expose())).map_err(|_| misconfigured())?;
-    bearer.set_sensitive(true);
+    let mut key = HeaderValue::from_str(key).map_err(|_| misconfigured())?;
+    key.set_sensitive(true);
 
     let body = body(ask, permit);
     let mut request = Request::new(Pieces::default());
@@ -36,7 +46,7 @@ fn request(ask: &Ask, permit: &Permit) -> Result<Request<Pieces>, Error> {
     *request.uri_mut() = uri;
     let headers = request.headers_mut();
     headers.insert(HOST, HeaderValue::from_str(&host).map_err(|_| misconfigured())?);
-    headers.insert(AUTHORIZATION, bearer);
+    headers.insert(key_header, key);
     match &ask.upload {
         // Its length follows from the body, which may still be arriving.
         Some(upload) => headers.insert(CONTENT_TYPE, upload.content_type.clone()),

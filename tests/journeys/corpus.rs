@@ -46,6 +46,45 @@ fn cut(bytes: &[u8], mut seed: u64) -> Vec<Vec<u8>> {
     pieces
 }
 
+/// The tokens of the last usage in a recording.
+fn last_usage(bytes: &[u8]) -> Option<(u64, u64)> {
+    let text = String::from_utf8_lossy(bytes);
+    let data = text.lines().filter_map(|line| line.strip_prefix("data:"));
+    let usages = data.filter_map(|data| {
+        let chunk: serde_json::Value = serde_json::from_str(data.trim()).ok()?;
+        let usage = chunk.get("usage")?;
+        Some((usage["prompt_tokens"].as_u64()?, usage["completion_tokens"].as_u64().unwrap_or(0)))
+    });
+    usages.last()
+}
+
+#[tokio::test]
+async fn recorded_completions_pass_at_their_own_path() {
+    let Some(folder) = corpus() else { return };
+    let mut passed = 0;
+    for name in ["openai-legacy--completion-streaming-usage", "openai-legacy--openai-completions-post-1dd33b11"] {
+        let bytes = std::fs::read(folder.join(format!("{name}.sse"))).unwrap();
+        let sent = bytes.clone();
+        let upstream = Upstream::start(move |number, _| {
+            let chunks = cut(&sent, number as u64).into_iter().map(chunk);
+            [stream_head()].into_iter().chain(chunks).chain([stream_end()]).collect()
+        })
+        .await;
+        let node = Setup::at(&upstream).start().await;
+        let body = r#"{"model":"m","prompt":"Say hello.","stream":true,"stream_options":{"include_usage":true}}"#;
+        let request = String::from_utf8(crate::node::post(crate::node::KEY, body)).unwrap();
+        let request = request.replace("/v1/chat/completions", "/v1/completions");
+        let reply = node.send(request.as_bytes()).await.read().await;
+        assert_eq!((reply.status, reply.text()), (200, String::from_utf8_lossy(&bytes).into_owned()), "{name}");
+        let line = node.lines(1).await.pop().unwrap();
+        assert_eq!(line.end_reason.name(), "complete", "{name}");
+        assert_eq!(line.usage_output, last_usage(&bytes).map(|(_, output)| output), "{name}");
+        node.finish().await;
+        passed += 1;
+    }
+    assert_eq!(passed, 2);
+}
+
 #[tokio::test]
 async fn every_recorded_stream_passes_byte_for_byte_however_it_is_cut() {
     let Some(folder) = corpus() else { return };
@@ -67,6 +106,12 @@ async fn every_recorded_stream_passes_byte_for_byte_however_it_is_cut() {
             assert!(reply.whole, "{name}");
         }
         let lines = node.lines(4).await;
+        // Its own usage is taken where it carries one: the last one.
+        if let Some((input, output)) = last_usage(&bytes) {
+            assert!(lines.iter().all(|line| line.usage_input == Some(input)), "{name}: {lines:?}");
+            // xAI's leaves out its reasoning.
+            assert!(lines.iter().all(|line| line.usage_output >= Some(output)), "{name}: {lines:?}");
+        }
         assert!(lines.iter().all(|line| line.end_reason.name() == "complete" && line.output > 0), "{name}: {lines:?}");
         node.finish().await;
     }

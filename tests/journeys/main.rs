@@ -12,6 +12,7 @@ mod limits;
 mod money;
 mod node;
 mod paths;
+mod providers;
 mod upstream;
 mod wire;
 

@@ -1,6 +1,6 @@
 //! Recorded answers of OpenAI-shaped upstreams: what is counted here against what the upstream said.
 
-use std::{fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use gpt_cat::meter::{Meter, Reader, Usage, Vocabulary};
 
@@ -25,6 +25,7 @@ fn recorded_answers_count_as_their_upstream_counted_them() {
         let (output, reasoning) = usage.unwrap_or(("-".into(), "-".into()));
         println!("{:<70.70} {:<28.28} {:>7} {output:>7} {reasoning:>9}", reading.name, reading.model, reading.counted);
     }
+    print_errors(&readings);
     let openai = readings.iter().filter(|reading| reading.name.starts_with("openai") && reading.content_chunks > 0);
     let mut compared = 0;
     for reading in openai.filter(|reading| Vocabulary::of_model(&reading.model).is_some()) {
@@ -47,6 +48,24 @@ fn every_recorded_answer_that_says_it_is_finished_is_seen_to_be() {
         if says {
             assert!(read(name, stream).finished, "{name}");
         }
+    }
+}
+
+/// The table of ARCHITECTURE.md: how far the local count is from what each dialect's upstreams said, over all recordings
+/// with a usage. Reasoning that is billed and not shown is in the usage alone.
+fn print_errors(readings: &[Reading]) {
+    let mut dialects = BTreeMap::<&str, Vec<(u64, Usage)>>::new();
+    for reading in readings.iter().filter(|reading| reading.content_chunks > 0) {
+        let dialect = reading.name.split("--").next().unwrap_or_default();
+        dialects.entry(dialect).or_default().extend(reading.usage.map(|usage| (reading.counted, usage)));
+    }
+    println!("\n{:<60} {:>10} {:>8} {:>8} {:>10} {:>8}", "dialect", "recordings", "counted", "output", "reasoning", "error");
+    for (dialect, counts) in dialects.into_iter().filter(|(_, counts)| !counts.is_empty()) {
+        let counted: u64 = counts.iter().map(|(counted, _)| counted).sum();
+        let output: u64 = counts.iter().map(|(_, usage)| usage.output).sum();
+        let reasoning: u64 = counts.iter().map(|(_, usage)| usage.reasoning).sum();
+        let error = 100.0 * (counted as f64 - output as f64) / output.max(1) as f64;
+        println!("{dialect:<60.60} {:>10} {counted:>8} {output:>8} {reasoning:>10} {error:>7.1}%", counts.len());
     }
 }
 

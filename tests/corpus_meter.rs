@@ -59,7 +59,10 @@ fn print_errors(readings: &[Reading]) {
         let dialect = reading.name.split("--").next().unwrap_or_default();
         dialects.entry(dialect).or_default().extend(reading.usage.map(|usage| (reading.counted, usage)));
     }
-    println!("\n{:<60} {:>10} {:>8} {:>8} {:>10} {:>8}", "dialect", "recordings", "counted", "output", "reasoning", "error");
+    println!(
+        "\n{:<60} {:>10} {:>8} {:>8} {:>10} {:>8}",
+        "dialect", "recordings", "counted", "output", "reasoning", "error"
+    );
     for (dialect, counts) in dialects.into_iter().filter(|(_, counts)| !counts.is_empty()) {
         let counted: u64 = counts.iter().map(|(counted, _)| counted).sum();
         let output: u64 = counts.iter().map(|(_, usage)| usage.output).sum();

@@ -7,7 +7,7 @@
 use gpt_cat::config::{Config, Errors};
 use libfuzzer_sys::fuzz_target;
 
-const DIALECTS: [&str; 3] = ["openai", "qianwen", "demo"];
+const DIALECTS: [&str; 4] = ["openai", "azure", "qianwen", "demo"];
 
 fuzz_target!(|input: &str| {
     let (text, env) = input.split_once('\0').unwrap_or((input, ""));

@@ -8,7 +8,7 @@ use crate::store::{MasterKey, NewAccount, Store, hex};
 /// The name of the user that a first start makes.
 const FIRST_USER: &str = "first";
 /// Variables whose key becomes an account of the endpoint beside it.
-const PROVIDER_KEYS: [(&str, &str); 1] = [("OPENAI_API_KEY", "openai")];
+const PROVIDER_KEYS: [(&str, &str); 2] = [("OPENAI_API_KEY", "openai"), ("DASHSCOPE_API_KEY", "qianwen")];
 
 /// What is printed once, to standard output, and never again.
 pub struct Welcome {

@@ -345,6 +345,7 @@ impl Check {
                 raw.on_disconnect,
                 &[("cancel", OnDisconnect::Cancel), ("drain", OnDisconnect::Drain)],
             ),
+            lossy: self.choice(&below(&key, "lossy"), raw.lossy, &[("refuse", false), ("allow", true)]),
             dialect,
             name,
         }

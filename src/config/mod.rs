@@ -314,6 +314,8 @@ pub struct Endpoint {
     pub mapping: BTreeMap<String, String>,
     /// Whether the upstream knows `stream_options.include_usage`.
     pub stream_options: bool,
+    /// Whether fields that another dialect cannot represent are left out, instead of refused.
+    pub lossy: bool,
     /// Of Azure's API; empty for other dialects.
     pub api_version: String,
     pub on_disconnect: OnDisconnect,

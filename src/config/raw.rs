@@ -140,6 +140,7 @@ pub struct RawEndpoint {
     pub mapping: BTreeMap<String, String>,
     pub stream_options: Option<bool>,
     pub api_version: Option<String>,
+    pub lossy: Option<String>,
     pub on_disconnect: Option<String>,
 }
 

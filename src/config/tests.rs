@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-const DIALECTS: [&str; 3] = ["openai", "qianwen", "demo"];
+const DIALECTS: [&str; 4] = ["openai", "azure", "qianwen", "demo"];
 const EXAMPLE: &str = include_str!("example.toml");
 
 fn load(text: &str, env: &[(&str, &str)]) -> Result<Config, Errors> {
@@ -449,7 +449,7 @@ fn an_empty_variable_counts_as_not_set() {
 fn a_variable_changes_one_key_of_a_built_in_endpoint_and_leaves_the_others() {
     let config = from_env(&[("GPT_CAT_ENDPOINTS__OPENAI__BASE_URL", "http://127.0.0.1:9/v1/")]);
     assert_eq!(config.endpoints["openai"].base_url, "http://127.0.0.1:9/v1");
-    assert_eq!((config.endpoints.len(), config.endpoints["openai"].models.len()), (2, 10));
+    assert_eq!((config.endpoints.len(), config.endpoints["openai"].models.len()), (3, 10));
 }
 
 #[test]
@@ -594,12 +594,33 @@ fn a_model_without_sizes_gets_usual_ones_that_fit_each_other() {
 fn an_endpoint_needs_a_dialect_that_is_known() {
     assert_eq!(
         refusal("\n[endpoints.x]\nmodels = []", &[]),
-        "line 2: endpoints.x: expected a dialect, one of openai, qianwen, demo"
+        "line 2: endpoints.x: expected a dialect, one of openai, azure, qianwen, demo"
     );
     assert_eq!(
         refusal("[endpoints.x]\ndialect = \"openia\"", &[]),
-        "line 2: endpoints.x.dialect: expected one of openai, qianwen, demo, found \"openia\""
+        "line 2: endpoints.x.dialect: expected one of openai, azure, qianwen, demo, found \"openia\""
     );
+}
+
+#[test]
+fn only_azure_has_versions_and_they_look_like_versions() {
+    let azure =
+        |more: &str| format!("[endpoints.x]\ndialect = \"azure\"\nbase_url = \"https://x.openai.azure.com\"\n{more}");
+    assert_eq!(from_text(&azure("")).endpoints["x"].api_version, "2024-10-21");
+    assert_eq!(
+        from_text(&azure("api_version = \"2025-04-01-preview\"")).endpoints["x"].api_version,
+        "2025-04-01-preview"
+    );
+    let refused = refusal(&azure("api_version = \"1&x=y\""), &[]);
+    assert!(refused.contains("expected a version such as \"2024-10-21\""), "{refused}");
+    let refused = refusal("[endpoints.x]\ndialect = \"openai\"\napi_version = \"1\"", &[]);
+    assert!(refused.contains("only the dialect azure has one"), "{refused}");
+}
+
+#[test]
+fn an_endpoint_loses_nothing_unless_it_is_told_to() {
+    assert!(!from_text("").endpoints["qianwen"].lossy);
+    assert!(from_text("[endpoints.x]\ndialect = \"qianwen\"\nlossy = \"allow\"").endpoints["x"].lossy);
 }
 
 #[test]

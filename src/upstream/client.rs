@@ -26,6 +26,8 @@ use smallvec::SmallVec;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use super::translate::Translated;
+
 /// Idle connections kept to one origin; more than a node's usual concurrency there is waste.
 const IDLE_PER_ORIGIN_MAX: usize = 512;
 /// Below the usual keep-alive of providers, so that a reused connection is rarely a closed one.
@@ -207,6 +209,8 @@ pub enum Source {
     Http2(Box<Http2Body>),
     /// Made in this process.
     Local(super::demo::Local),
+    /// Another source's, made into OpenAI's shape.
+    Translated(Box<Translated>),
 }
 
 /// Reads a body off a connection that it owns; gives the connection back when the body has ended.
@@ -229,6 +233,7 @@ impl std::fmt::Debug for Source {
             Source::Http1(_) => "Source::Http1",
             Source::Http2(_) => "Source::Http2",
             Source::Local(_) => "Source::Local",
+            Source::Translated(_) => "Source::Translated",
         })
     }
 }
@@ -446,6 +451,7 @@ impl Source {
             Source::Http1(body) => body.poll_chunk(cx),
             Source::Http2(shared) => poll_data(&mut shared.body, cx),
             Source::Local(local) => local.poll_chunk(cx).map(|chunk| chunk.map(Ok)),
+            Source::Translated(translated) => translated.poll_chunk(cx),
         }
     }
 

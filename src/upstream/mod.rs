@@ -6,8 +6,11 @@
 mod azure;
 mod client;
 pub mod demo;
+mod fields;
 mod frames;
 pub mod openai;
+pub mod qianwen;
+pub mod translate;
 mod whole;
 
 use std::sync::{Arc, Mutex, OnceLock};
@@ -19,6 +22,7 @@ use hyper::{Request, Response};
 
 pub use client::{Broken, Client, Pieces, Rest, Source, Stopped};
 pub use frames::{Editing, Frame, Frames, Place};
+use translate::{Names, Translated, Translation};
 pub use whole::Whole;
 
 use crate::catalog::Model;
@@ -26,6 +30,7 @@ use crate::config::{Retry, UpstreamBounds};
 use crate::error::Error;
 use crate::pool::{Permit, Pool};
 use crate::request::{Api, Form, Head};
+use crate::store::now_ms;
 
 /// A provider's dialect.
 #[derive(Debug)]
@@ -43,12 +48,14 @@ pub struct Adapter {
 enum Via {
     /// From a request over HTTP, whose answer is in OpenAI's shape.
     Http(fn(&Ask, &Permit) -> Result<Request<Pieces>, Error>),
+    /// From a request over HTTP, whose answer is made into OpenAI's shape.
+    Translated(fn(&Ask, &Permit) -> Result<Request<Pieces>, Error>, Translation),
     /// From this process.
     Local(fn(&Ask) -> demo::Local),
 }
 
 /// Every dialect.
-pub static ADAPTERS: [&Adapter; 3] = [&openai::ADAPTER, &azure::ADAPTER, &demo::ADAPTER];
+pub static ADAPTERS: [&Adapter; 4] = [&openai::ADAPTER, &azure::ADAPTER, &qianwen::ADAPTER, &demo::ADAPTER];
 
 /// The names of all dialects, for the configuration.
 pub fn dialects() -> Vec<&'static str> {
@@ -83,6 +90,13 @@ pub struct Ask {
     pub user_id: i64,
     /// The body is a form, of which `body` is the beginning.
     pub upload: Option<Upload>,
+}
+
+impl Ask {
+    /// What is the same in all chunks of a translated answer.
+    fn names(&self) -> Names {
+        Names { model: self.model.name.clone(), created_s: now_ms() / 1000 }
+    }
 }
 
 /// A form on its way.
@@ -154,6 +168,9 @@ const REST_DEFAULT: Duration = Duration::from_secs(2);
 const REFUSAL_MAX: Duration = Duration::from_secs(2);
 const REFUSAL_BYTES_MAX: usize = 64 << 10;
 
+/// 401, 402, 403, or what says the same in a stream.
+const REFUSED_ACCOUNT: Error = Error::UpstreamFailed { reason: "it refused our account" };
+
 /// A try that failed: what the client is told if it was the last, and whether another account may do better.
 struct Failure {
     error: Error,
@@ -223,20 +240,26 @@ impl Upstream {
             return Err(Failure::elsewhere(Error::ModelUnsuited { model, path }));
         }
         let response = match &adapter.via {
-            Via::Http(request) => self.send(ask, request(ask, &permit).map_err(Failure::elsewhere)?).await?,
+            Via::Http(request) | Via::Translated(request, _) => {
+                self.send(ask, request(ask, &permit).map_err(Failure::of_request)?).await?
+            }
             Via::Local(answer) => Response::new(Source::Local(answer(ask))),
         };
+        let translation = match &adapter.via {
+            Via::Translated(_, translation) => Some(translation),
+            Via::Http(_) | Via::Local(_) => None,
+        };
         if response.status() != 200 {
-            return Err(self.refused(ask, &permit, response).await);
+            return Err(self.refused(ask, &permit, translation, response).await);
         }
         let encoding = response.headers().get(CONTENT_ENCODING).map(|encoding| encoding.as_bytes());
         if encoding.is_some_and(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
             return Err(Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is compressed" }));
         }
         match ask.head.stream {
-            true => self.stream(ask, permit, response).await,
+            true => self.stream(ask, permit, translation, response).await,
             false if ask.head.api.is_measured() || is_json(response.headers()) => {
-                self.whole(ask, permit, response).await
+                self.whole(ask, permit, translation, response).await
             }
             false => Ok(other(permit, response)),
         }
@@ -266,22 +289,34 @@ impl Upstream {
         })
     }
 
-    async fn stream(&self, ask: &Ask, permit: Permit, response: Response<Source>) -> Result<Answer, Failure> {
+    async fn stream(
+        &self,
+        ask: &Ask,
+        permit: Permit,
+        translation: Option<&Translation>,
+        response: Response<Source>,
+    ) -> Result<Answer, Failure> {
         let local = matches!(response.body(), Source::Local(_));
         let kind = response.headers().get(CONTENT_TYPE).map(|kind| kind.as_bytes().to_ascii_lowercase());
         if !local && kind.is_some_and(|kind| !kind.starts_with(b"text/event-stream")) {
             return Err(Failure::elsewhere(Error::UpstreamFailed { reason: "it answered without a stream" }));
         }
-        let mapped = permit.offer.upstream_model != ask.model.name;
+        let source = match translation {
+            Some(translation) => {
+                let translator = (translation.stream)(ask.names());
+                Source::Translated(Box::new(Translated::new(response.into_body(), translator)))
+            }
+            None => response.into_body(),
+        };
+        let mapped = translation.is_none() && permit.offer.upstream_model != ask.model.name;
         let editing = Editing { model: ask.model.name.clone(), mapped, keep_usage: ask.head.include_usage };
-        let mut frames = Box::new(Frames::new(response.into_body(), permit, ask.model.vocabulary, ask.head.n, editing));
+        let mut frames = Box::new(Frames::new(source, permit, ask.model.vocabulary, ask.head.n, editing));
         let begun = tokio::time::timeout(self.silence_max(), frames.until_content()).await;
         match begun {
             Ok(Ok(())) => Ok(Answer::Stream(frames)),
             Ok(Err(refusal)) => {
                 let reason = match refusal {
-                    frames::Refusal::Error(error @ Error::UpstreamRefused { .. }) => return Err(Failure::last(error)),
-                    frames::Refusal::Error(error) => return Err(Failure::elsewhere(error)),
+                    frames::Refusal::Error(error) => return Err(Failure::in_stream(error)),
                     frames::Refusal::Empty => "its stream ended without an answer",
                     frames::Refusal::Broken => "its stream broke off before an answer",
                 };
@@ -295,9 +330,20 @@ impl Upstream {
         }
     }
 
-    async fn whole(&self, ask: &Ask, permit: Permit, response: Response<Source>) -> Result<Answer, Failure> {
-        let body = self.read(response.into_body(), self.bounds.answer_bytes_max).await?;
-        let mapped = permit.offer.upstream_model != ask.model.name;
+    async fn whole(
+        &self,
+        ask: &Ask,
+        permit: Permit,
+        translation: Option<&Translation>,
+        response: Response<Source>,
+    ) -> Result<Answer, Failure> {
+        let mut body = self.read(response.into_body(), self.bounds.answer_bytes_max).await?;
+        if let Some(translation) = translation {
+            // An answer with an error in it stays one.
+            let error = |body: &Bytes| (translation.refusal)(200, body).1.into();
+            body = (translation.whole)(&ask.names(), &body).map_or_else(|| error(&body), Bytes::from);
+        }
+        let mapped = translation.is_none() && permit.offer.upstream_model != ask.model.name;
         Whole::read(body, ask.head.api, ask.model.vocabulary, mapped.then_some(ask.model.name.as_str()))
             .map(Answer::Whole)
             .ok_or_else(|| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is no completion" }))
@@ -325,19 +371,27 @@ impl Upstream {
     }
 
     /// Tells apart what the request, the account and the provider are to blame for.
-    async fn refused(&self, ask: &Ask, permit: &Permit, response: Response<Source>) -> Failure {
+    async fn refused(
+        &self,
+        ask: &Ask,
+        permit: &Permit,
+        translation: Option<&Translation>,
+        response: Response<Source>,
+    ) -> Failure {
         let status = response.status().as_u16();
         let retry_after = retry_after(response.headers());
         // Read to its end, so that the connection can be used again; what does not come soon is not worth the wait.
         let reading = tokio::time::timeout(REFUSAL_MAX, self.read(response.into_body(), REFUSAL_BYTES_MAX)).await;
         let body = reading.ok().and_then(Result::ok).unwrap_or_default();
+        let (status, body) = match translation {
+            Some(translation) => (translation.refusal)(status, &body),
+            None => (status, body.into()),
+        };
         match status {
             400 | 404 | 413 | 422 => Failure::last(cleaned(status, &body, &ask.model.name, permit)),
-            401..=403 => Failure {
-                error: Error::UpstreamFailed { reason: "it refused our account" },
-                again: true,
-                rest: Some(retry_after.unwrap_or(REST_DEFAULT)),
-            },
+            401..=403 => {
+                Failure { error: REFUSED_ACCOUNT, again: true, rest: Some(retry_after.unwrap_or(REST_DEFAULT)) }
+            }
             429 => {
                 let rest = retry_after.unwrap_or(REST_DEFAULT);
                 Failure {
@@ -359,6 +413,20 @@ impl Upstream {
 impl Failure {
     fn elsewhere(error: Error) -> Failure {
         Failure { error, again: true, rest: None }
+    }
+
+    /// A request that could not be made: the client's own where it says so.
+    fn of_request(error: Error) -> Failure {
+        if matches!(error, Error::BodyInvalid { .. }) { Failure::last(error) } else { Failure::elsewhere(error) }
+    }
+
+    /// An error that came where a stream's content was awaited.
+    fn in_stream(error: Error) -> Failure {
+        match error {
+            Error::UpstreamRefused { .. } => Failure::last(error),
+            Error::UpstreamBusy { .. } | REFUSED_ACCOUNT => Failure { error, again: true, rest: Some(REST_DEFAULT) },
+            _ => Failure::elsewhere(error),
+        }
     }
 
     fn last(error: Error) -> Failure {
@@ -425,8 +493,15 @@ fn error_in_stream(data: &[u8], model: &str, permit: &Permit) -> Error {
     let is_request = kind == "invalid_request_error"
         && serde_json::from_slice::<serde_json::Value>(data)
             .is_ok_and(|parsed| parsed["error"]["type"] == "invalid_request_error");
-    if is_request || code.as_deref().is_some_and(|code| codes.contains(&code)) {
+    let code = code.as_deref();
+    if is_request || code.is_some_and(|code| codes.contains(&code)) {
         return refused;
+    }
+    if kind.starts_with("rate_limit") || matches!(code, Some("429" | "rate_limit_exceeded")) {
+        return Error::UpstreamBusy { retry_after_s: REST_DEFAULT.as_secs() };
+    }
+    if kind == "authentication_error" || matches!(code, Some("401" | "402" | "403" | "invalid_api_key")) {
+        return REFUSED_ACCOUNT;
     }
     Error::UpstreamFailed { reason: "its stream carried an error" }
 }

@@ -13,6 +13,7 @@ mod money;
 mod node;
 mod paths;
 mod providers;
+mod qianwen;
 mod upstream;
 mod wire;
 

@@ -9,6 +9,7 @@ use clap::Parser;
 use gpt_cat::admin::cli::{Cli, Command, ConfigCommand, PricesCommand};
 use gpt_cat::admin::desk::{Desk, import_prices};
 use gpt_cat::config::{Config, Files, LogFormat};
+use gpt_cat::preprocess::template;
 use gpt_cat::server::{Doors, Server};
 use gpt_cat::store::{MasterKey, Store};
 use gpt_cat::{admin, ledger, telemetry, upstream};
@@ -62,7 +63,9 @@ fn run(cli: Cli) -> Result<bool, Failure> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let store = Store::open(&config.database_url).await?;
         let (check_line, line_cost) = (ledger::CHECK_LINE, ledger::LINE_COST);
-        let desk = Desk { config: &config, store: &store, master: &master, check_line, line_cost, json: cli.json };
+        let (template_names, template_messages) = (template::is_name, template::checked);
+        let (config, store, master, json) = (&config, &store, &master, cli.json);
+        let desk = Desk { config, store, master, check_line, line_cost, template_names, template_messages, json };
         desk.run(command).await
     })
 }

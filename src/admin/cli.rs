@@ -52,6 +52,9 @@ pub enum Command {
     /// Lists of prices
     #[command(subcommand)]
     Prices(PricesCommand),
+    /// Messages that stand for a word in a chat
+    #[command(subcommand)]
+    Template(TemplateCommand),
     /// Lines of finished calls, newest first
     Usage(UsageArgs),
     /// Add everything up and recompute every line; exit code 1 if anything does not agree
@@ -59,6 +62,60 @@ pub enum Command {
     /// The configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+}
+
+/// A public template, or one of a user's own.
+#[derive(Debug, Args)]
+pub struct TemplateName {
+    pub(super) name: String,
+    /// One of this user's own, instead of a public one
+    #[arg(long, value_name = "NAME")]
+    pub(super) user: Option<String>,
+}
+
+/// What a template says.
+#[derive(Debug, Args)]
+pub struct TemplateText {
+    #[arg(long)]
+    pub(super) description: Option<String>,
+    /// A JSON array of messages; - reads standard input
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["system", "prompt"])]
+    pub(super) file: Option<PathBuf>,
+    /// The text of a system message
+    #[arg(long)]
+    pub(super) system: Option<String>,
+    /// The text of a user's message
+    #[arg(long)]
+    pub(super) prompt: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    List {
+        /// This user's own, instead of the public ones
+        #[arg(long, value_name = "NAME")]
+        user: Option<String>,
+    },
+    /// A template with its messages
+    Show(TemplateName),
+    /// Add a template
+    Add {
+        #[command(flatten)]
+        name: TemplateName,
+        #[command(flatten)]
+        text: TemplateText,
+    },
+    /// Change what a template says, or its description
+    Edit {
+        #[command(flatten)]
+        name: TemplateName,
+        #[command(flatten)]
+        text: TemplateText,
+    },
+    Enable(TemplateName),
+    /// Keep a template, but let nobody use it
+    Disable(TemplateName),
+    Remove(TemplateName),
 }
 
 #[derive(Debug, Subcommand)]

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::cli::{
     AccountArgs, AccountCommand, CodeCommand, Command, ConfigCommand, GroupCommand, KeyCommand, KeyLimits,
-    LeaseCommand, ModelCommand, UsageArgs, UsageCommand, UserCommand, all_or,
+    LeaseCommand, ModelCommand, TemplateCommand, TemplateName, TemplateText, UsageArgs, UsageCommand, UserCommand,
+    all_or,
 };
 use super::listing::Listing;
 use super::{NewKey, hint, show};
@@ -17,8 +18,8 @@ use crate::config::Config;
 use crate::config::decimal::Nano;
 use crate::config::import;
 use crate::store::{
-    BootId, LineCheck, LineCost, LineFilter, MasterKey, NewAccount, NewGroup, NewLimits, Store, StoreError, UserRow,
-    unhex,
+    BootId, LineCheck, LineCost, LineFilter, MasterKey, NewAccount, NewGroup, NewLimits, NewTemplate, Store,
+    StoreError, UserRow, unhex,
 };
 use crate::users::hash_key;
 
@@ -27,6 +28,9 @@ const DEBIT_AGAIN: Duration = Duration::from_millis(500);
 const DEBIT_TRIES: u32 = 6;
 /// Who asks for it: no boot has this id.
 const OPERATOR: BootId = [0; 16];
+
+/// A template is shorter by far.
+const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 
 /// A key is no longer than this.
 const KEY_BYTES_MAX: u64 = 8 << 10;
@@ -40,10 +44,72 @@ pub struct Desk<'a> {
     pub master: &'a MasterKey,
     pub check_line: LineCheck,
     pub line_cost: LineCost,
+    /// Whether a word can name a template.
+    pub template_names: fn(&str) -> bool,
+    /// A template's messages as they are stored, or why they cannot be.
+    pub template_messages: fn(&str) -> Result<String, &'static str>,
     pub json: bool,
 }
 
 impl Desk<'_> {
+    async fn template(&self, command: TemplateCommand) -> Result<bool, Failure> {
+        let store = self.store;
+        match command {
+            TemplateCommand::List { user } => {
+                let user_id = self.user_id(user).await?;
+                self.print(&show::templates(store, user_id).await?)
+            }
+            TemplateCommand::Show(name) => {
+                let user_id = self.user_id(name.user).await?;
+                self.print(&show::template(store, user_id, &name.name).await?)
+            }
+            TemplateCommand::Add { name, text } => {
+                let user_id = self.user_id(name.user.clone()).await?;
+                if store.templates(user_id).await?.iter().any(|template| template.name == name.name) {
+                    return Err(format!("there is a template '{}' already; edit or remove it", name.name).into());
+                }
+                let none = "a template needs messages: --file, --system or --prompt";
+                let messages = messages_of(&text)?.ok_or(none)?;
+                self.put_template(name, text.description, Some(messages), Some(true)).await
+            }
+            TemplateCommand::Edit { name, text } => {
+                let messages = messages_of(&text)?;
+                self.put_template(name, text.description, messages, None).await
+            }
+            TemplateCommand::Enable(name) => self.put_template(name, None, None, Some(true)).await,
+            TemplateCommand::Disable(name) => self.put_template(name, None, None, Some(false)).await,
+            TemplateCommand::Remove(name) => {
+                let user_id = self.user_id(name.user).await?;
+                store.remove_template(user_id, name.name).await?;
+                self.done("removed")
+            }
+        }
+    }
+
+    async fn put_template(
+        &self,
+        TemplateName { name, user }: TemplateName,
+        description: Option<String>,
+        messages: Option<String>,
+        enabled: Option<bool>,
+    ) -> Result<bool, Failure> {
+        if !(self.template_names)(&name) {
+            return Err("a name has 1 to 64 characters without blanks, and is no subcommand of the chat".into());
+        }
+        let messages = messages.map(|messages| (self.template_messages)(&messages)).transpose()?;
+        let user_id = self.user_id(user).await?;
+        let template = NewTemplate { user_id, name: name.clone(), description, messages, enabled };
+        self.store.put_template(template).await?;
+        self.print(&show::template(self.store, user_id, &name).await?)
+    }
+
+    async fn user_id(&self, user: Option<String>) -> Result<Option<i64>, Failure> {
+        Ok(match user {
+            Some(user) => Some(self.store.user(user).await?.id),
+            None => None,
+        })
+    }
+
     /// Runs a subcommand that is not `serve`; false when it found something wrong.
     pub async fn run(&self, command: Command) -> Result<bool, Failure> {
         let store = self.store;
@@ -116,6 +182,7 @@ impl Desk<'_> {
                 store.redeem(id, hash_key(code.trim())).await?;
                 self.print(&show::user(store, user).await?)
             }
+            Command::Template(command) => self.template(command).await,
             Command::Key(KeyCommand::List { user }) => self.print(&show::keys(store, user).await?),
             Command::Key(KeyCommand::Revoke { id }) => {
                 store.revoke_key(id).await?;
@@ -314,4 +381,22 @@ fn key_from_input() -> io::Result<String> {
     }
     io::stdin().lock().take(KEY_BYTES_MAX).read_line(&mut key)?;
     Ok(key)
+}
+
+/// The messages that were given, as a JSON array.
+fn messages_of(text: &TemplateText) -> Result<Option<String>, Failure> {
+    if let Some(path) = &text.file {
+        let mut read = String::new();
+        if path.as_os_str() == "-" {
+            io::stdin().lock().take(TEMPLATE_BYTES_MAX).read_to_string(&mut read)?;
+        } else {
+            File::open(path)?.take(TEMPLATE_BYTES_MAX).read_to_string(&mut read)?;
+        }
+        return Ok(Some(read.trim().to_owned()));
+    }
+    let given = [("system", &text.system), ("user", &text.prompt)];
+    let messages =
+        given.into_iter().filter_map(|(role, content)| Some(json!({ "role": role, "content": content.as_ref()? })));
+    let messages: Vec<Value> = messages.collect();
+    Ok((!messages.is_empty()).then(|| Value::from(messages).to_string()))
 }

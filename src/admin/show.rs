@@ -114,6 +114,26 @@ pub async fn codes(store: &Store) -> Result<Listing, StoreError> {
     Ok(Listing::list(columns, rows.collect()))
 }
 
+/// Public templates, or one user's, without their messages.
+pub async fn templates(store: &Store, user_id: Option<i64>) -> Result<Listing, StoreError> {
+    let rows = store.templates(user_id).await?.into_iter().map(|template| {
+        let size = template.messages.len();
+        let changed = if template.updated_ms == 0 { Value::Null } else { moment(template.updated_ms) };
+        vec![template.name.into(), template.description.into(), template.enabled.into(), size.into(), changed]
+    });
+    Ok(Listing::list(&["name", "description", "enabled", "bytes", "changed"], rows.collect()))
+}
+
+/// A template with its messages.
+pub async fn template(store: &Store, user_id: Option<i64>, name: &str) -> Result<Listing, StoreError> {
+    let found = store.templates(user_id).await?.into_iter().find(|template| template.name == name);
+    let template = found.ok_or_else(|| StoreError::Absent(format!("template '{name}'")))?;
+    let messages = serde_json::from_str(&template.messages).unwrap_or(Value::Null);
+    let columns = &["name", "description", "enabled", "messages"];
+    let row = vec![template.name.into(), template.description.into(), template.enabled.into(), messages];
+    Ok(Listing::one(columns, row))
+}
+
 /// All accounts, without their keys.
 pub async fn accounts(store: &Store) -> Result<Listing, StoreError> {
     let rows = store.accounts().await?.into_iter().map(|account| {

@@ -272,9 +272,14 @@ impl Check {
                 anywhere: raw.anywhere,
                 text: raw.text,
                 model: raw.model,
+                output_max: raw
+                    .output_max
+                    .map(|max| self.number(&below(&key, "output_max"), Some(max), 1, 1..=TOKENS_MAX)),
             }
         });
-        TitleCatch { model: raw.model, patterns: patterns.collect() }
+        let patterns = patterns.collect();
+        let output_max = self.number("title_catch.output_max", raw.output_max, 512, 1..=TOKENS_MAX);
+        TitleCatch { model: raw.model, output_max, patterns }
     }
 
     fn served_model(&mut self, key: &str, model: Option<&str>, served: &BTreeSet<String>) {

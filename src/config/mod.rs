@@ -203,6 +203,8 @@ pub struct ToldErrors {
 pub struct TitleCatch {
     /// `None`: only patterns with a model of their own catch anything.
     pub model: Option<String>,
+    /// Output tokens of a caught call at most.
+    pub output_max: u64,
     /// The first that matches decides.
     pub patterns: Vec<TitlePattern>,
 }
@@ -217,6 +219,8 @@ pub struct TitlePattern {
     pub text: String,
     /// Instead of [`TitleCatch::model`].
     pub model: Option<String>,
+    /// Instead of [`TitleCatch::output_max`].
+    pub output_max: Option<u64>,
 }
 
 /// Which message a pattern is held against.

@@ -77,6 +77,7 @@ pub struct RawErrors {
 #[serde(default, deny_unknown_fields, expecting = "a table")]
 pub struct RawTitleCatch {
     pub model: Option<String>,
+    pub output_max: Option<i64>,
     pub patterns: Vec<RawTitlePattern>,
 }
 
@@ -90,6 +91,8 @@ pub struct RawTitlePattern {
     pub text: String,
     #[serde(default)]
     pub model: Option<String>,
+    #[serde(default)]
+    pub output_max: Option<i64>,
 }
 
 #[derive(Default, Deserialize)]

@@ -5,6 +5,7 @@
 
 pub mod command;
 mod model_filter;
+pub mod template;
 mod title_catch;
 mod user_id;
 mod user_key;
@@ -43,6 +44,8 @@ pub struct Draft {
     /// The model to use, once a step has chosen another one than the client did.
     model_name: Option<String>,
     model: Option<Arc<Model>>,
+    /// A bound of the output that the client did not ask for.
+    output_max: Option<u64>,
 }
 
 /// A request that is to be forwarded: everything that the later stages need, nothing optional.
@@ -52,6 +55,8 @@ pub struct Call {
     pub head: Head,
     pub body: Bytes,
     pub model: Arc<Model>,
+    /// What bounds each answer beside what the client said: the cap of a caught title.
+    pub output_max: Option<u64>,
 }
 
 /// What the steps came to.
@@ -101,7 +106,7 @@ impl Admitted {
 
 /// Runs the steps that need no body. `presented` is the key as the client sent it.
 pub fn admit(world: &World<'_>, presented: Option<String>) -> Result<Admitted, Error> {
-    let mut draft = Draft { presented, key: None, head: None, model_name: None, model: None };
+    let mut draft = Draft { presented, key: None, head: None, model_name: None, model: None, output_max: None };
     for step in STEPS.iter().filter(|step| step.needs == Needs::Headers) {
         (step.run)(world, &mut draft)?;
     }
@@ -117,8 +122,11 @@ pub fn decide(world: &World<'_>, Admitted(mut draft): Admitted, head: Head, body
         }
     }
     match draft {
-        Draft { key: Some(key), head: Some(head), model: Some(model), .. } => {
-            Ok(Decision::Forward(Call { key, head, body, model }))
+        Draft { key: Some(key), head: Some(mut head), model: Some(model), output_max, .. } => {
+            // Lowered, never raised: what is held for it is what it can cost.
+            let output_max = output_max.filter(|max| head.max_tokens.is_none_or(|asked| asked > *max));
+            head.max_tokens = output_max.or(head.max_tokens);
+            Ok(Decision::Forward(Call { key, head, body, model, output_max }))
         }
         _ => Err(Error::Internal),
     }

@@ -12,15 +12,17 @@ pub(super) fn run(world: &World<'_>, draft: &mut Draft) -> Result<Option<Command
     let rule = &world.config.title_catch;
     let target = rule.patterns.iter().find_map(|pattern| {
         let target = pattern.model.as_ref().or(rule.model.as_ref())?;
-        matches(pattern, head).then_some((target, &pattern.whose))
+        let output_max = pattern.output_max.unwrap_or(rule.output_max);
+        matches(pattern, head).then_some((target, &pattern.whose, output_max))
     });
     // Never to a model that the key may not use, or that nobody serves: the call then goes where it was meant to go.
-    if let Some((target, whose)) = target
+    if let Some((target, whose, output_max)) = target
         && world.catalog.find(target).is_some_and(|model| world.pool.serves(model))
         && key.allows(target)
     {
         tracing::debug!(whose, target, "title caught");
         draft.model_name = Some(target.clone());
+        draft.output_max = Some(output_max);
     }
     Ok(None)
 }

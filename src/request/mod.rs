@@ -5,12 +5,14 @@
 //! big numbers and escapes reach the upstream because nobody here touches them.
 
 pub mod api;
+mod fields;
 pub mod form;
 mod head;
 mod splice;
 mod tape;
 
 pub use api::{Api, Form};
+pub use fields::Fields;
 pub use head::{
     ANSWERS_MAX, Head, MODEL_BYTES_MAX, N_MAX, PROMPTS_MAX, PromptShape, START_BYTES_MAX, STARTS_MAX, Starts,
     TEXT_BYTES_MAX, Text, USER_BYTES_MAX,

@@ -51,7 +51,8 @@ impl Bodies {
 }
 
 impl Weight {
-    fn grow_to(&mut self, bytes: usize) -> Result<(), Error> {
+    /// Counts so many bytes in all; refuses them where the node has no memory for them.
+    pub fn grow_to(&mut self, bytes: usize) -> Result<(), Error> {
         let more = bytes.saturating_sub(self.bytes);
         let before = self.bodies.bytes.fetch_add(more, Ordering::AcqRel);
         self.bytes += more;

@@ -6,11 +6,11 @@ use hyper::header::{ACCEPT, HeaderMap};
 use serde_json::{Value, json};
 
 use super::reply::{self, Reply};
-use super::{Gateway, Snapshot, in_chat, unanswered};
+use super::{Gateway, Snapshot, in_chat, templates, unanswered};
 use crate::config::Language;
 use crate::error::Error;
 use crate::preprocess::Command;
-use crate::preprocess::command::{Facts, Needs};
+use crate::preprocess::command::{Asked, Facts, Needs, Outcome};
 use crate::request::Head;
 use crate::store::{StoreError, now_ms};
 use crate::upstream::Pieces;
@@ -25,25 +25,41 @@ pub async fn command(
     gateway: &Gateway,
     snapshot: &Snapshot,
     command: &Command,
+    body: &Bytes,
     request_id: &str,
 ) -> Result<Response<Reply>, Error> {
-    let user_id = command.key.user.id;
-    let redeemed_nano = match command.row.needs {
-        Needs::Redeem => redeem(gateway, user_id, &command.argument).await.map_err(unanswered)?,
-        Needs::Nothing | Needs::Balance => None,
-    };
-    let balance_nano = match command.row.needs {
-        Needs::Nothing => 0,
-        Needs::Balance | Needs::Redeem => gateway.ledger.balance_nano(user_id).await.map_err(unanswered)?,
-    };
     let config = &snapshot.config;
-    let text = command.answer(&Facts {
+    let (key, user_id) = (&command.key, command.key.user.id);
+    let mut facts = Facts {
         language: config.language,
         prefix: &config.commands.prefix,
         currency: &config.currency,
-        balance_nano,
-        redeemed_nano,
-    });
+        argument: &command.argument,
+        ratio_micro: key.user.group().ratio_micro,
+        models: Vec::new(),
+        templates: Vec::new(),
+        outcome: Outcome::Nothing,
+        balance_nano: 0,
+        redeemed_nano: None,
+    };
+    match command.row.needs {
+        Needs::Nothing => {}
+        Needs::Balance => facts.balance_nano = gateway.ledger.balance_nano(user_id).await.map_err(unanswered)?,
+        Needs::Redeem => {
+            facts.redeemed_nano = redeem(gateway, user_id, &command.argument).await.map_err(unanswered)?;
+            facts.balance_nano = gateway.ledger.balance_nano(user_id).await.map_err(unanswered)?;
+        }
+        Needs::Models => {
+            let models = snapshot.catalog.iter().filter(|model| key.allows(&model.name) && gateway.pool.serves(model));
+            facts.models = models.map(|model| (model.name.clone(), model.price.clone())).collect();
+        }
+        Needs::Templates => {
+            let asked = Asked::of(&command.argument);
+            facts.outcome = templates::run(&gateway.store, user_id, asked, body).await.map_err(unanswered)?;
+            facts.templates = templates::of_user(&gateway.store, user_id).await.map_err(unanswered)?;
+        }
+    }
+    let text = command.answer(&facts);
     let Command { model, stream, include_usage, .. } = command;
     Ok(completion(&Shape { model: model.clone(), stream: *stream, include_usage: *include_usage }, &text, request_id))
 }

@@ -17,7 +17,7 @@ use super::receive::{self, Received};
 use super::relay::{Relay, Terms};
 use super::reply::{self, Reply};
 use super::route::{self, Route};
-use super::{Gateway, Snapshot, billing, chat, compress, usage};
+use super::{Gateway, Snapshot, billing, chat, compress, templates, usage};
 use crate::error::Error;
 use crate::ledger::{Ask, Ended, OpenLine};
 use crate::preprocess::{self, Admitted, Call, Decision, World};
@@ -83,6 +83,8 @@ async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -
             gateway.ready().map_err(unread)?;
             let received = receive::receive(gateway, &snapshot, api, parts, body).await.map_err(unread)?;
             let shape = in_chat.then(|| Shape::of(&received.head));
+            let refused = |error| Refused { error, shape: shape.clone() };
+            let received = templates::expand(gateway, &snapshot, &admitted, received).await.map_err(refused)?;
             let called = call(gateway, &snapshot, parts, admitted, received, id).await;
             called.map_err(|error| Refused { error, shape })?
         }
@@ -98,9 +100,9 @@ async fn call(
     request_id: &str,
 ) -> Result<Response<Reply>, Error> {
     let Received { head, body, upload, weight } = received;
-    let api = head.api;
+    let (api, sent) = (head.api, body.clone());
     match preprocess::decide(&world(gateway, snapshot), admitted, head, body)? {
-        Decision::Answer(command) => chat::command(gateway, snapshot, &command, request_id).await,
+        Decision::Answer(command) => chat::command(gateway, snapshot, &command, &sent, request_id).await,
         Decision::Forward(call) if !upstream::serves(&call.model, api) => {
             Err(Error::ModelUnsuited { model: call.model.name.clone(), path: api.path })
         }
@@ -146,8 +148,9 @@ async fn forward(
 }
 
 async fn ask_upstream(gateway: Arc<Gateway>, call: Call, upload: Option<Upload>, mut line: OpenLine) -> Opened {
-    let Call { key, head, body, model } = call;
-    let ask = upstream::Ask { clamp: line.clamp(), model, head, body, user_id: key.user.id, upload };
+    let Call { key, head, body, model, output_max } = call;
+    let clamp = [line.clamp(), output_max].into_iter().flatten().min();
+    let ask = upstream::Ask { clamp, model, head, body, user_id: key.user.id, upload };
     let called = |permit: &crate::pool::Permit| {
         line.called(permit.account.id, &permit.offer.endpoint.name, &permit.offer.upstream_model);
     };
@@ -196,7 +199,7 @@ fn terms(
 ) -> Terms {
     Terms {
         request_id: request_id.to_owned(),
-        model: call.model.name.clone(),
+        model: call.head.model.clone(),
         api: call.head.api,
         keep_alive: Duration::from_secs(snapshot.config.server.keep_alive_s),
         silence_max: gateway.upstream.silence_max(),

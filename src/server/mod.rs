@@ -14,6 +14,7 @@ mod receive;
 mod relay;
 mod reply;
 mod route;
+mod templates;
 mod tls;
 mod usage;
 

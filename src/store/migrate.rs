@@ -8,20 +8,22 @@ use super::postgres::Lent;
 use super::tx::Tx;
 
 /// The steps for SQLite, in order; a step is never edited once released.
-static SQLITE: [&str; 5] = [
+static SQLITE: [&str; 6] = [
     include_str!("../../sql/sqlite/001_start.sql"),
     include_str!("../../sql/sqlite/002_changes.sql"),
     include_str!("../../sql/sqlite/003_prices.sql"),
     include_str!("../../sql/sqlite/004_days_and_limits.sql"),
     include_str!("../../sql/sqlite/005_units.sql"),
+    include_str!("../../sql/sqlite/006_templates.sql"),
 ];
 /// The same steps for PostgreSQL.
-static POSTGRES: [&str; 5] = [
+static POSTGRES: [&str; 6] = [
     include_str!("../../sql/postgres/001_start.sql"),
     include_str!("../../sql/postgres/002_changes.sql"),
     include_str!("../../sql/postgres/003_prices.sql"),
     include_str!("../../sql/postgres/004_days_and_limits.sql"),
     include_str!("../../sql/postgres/005_units.sql"),
+    include_str!("../../sql/postgres/006_templates.sql"),
 ];
 /// Locks the migration of a PostgreSQL database: "gpt-cat" in ASCII.
 const LOCK: i64 = 0x67_70_74_2d_63_61_74;

@@ -13,6 +13,7 @@ mod postgres;
 mod rows;
 mod seal;
 mod sqlite;
+mod templates;
 mod tx;
 
 use std::collections::HashMap;
@@ -29,7 +30,8 @@ pub use days::{date_of, day_of, day_of_date, month_of};
 pub use postgres::Notices;
 pub use rows::{
     AccountRow, Billed, BootId, BootState, Change, CodeRow, DayFilter, DayRow, Elsewhere, EndReason, GroupRow, KeyRow,
-    LeaseOf, LeaseRow, Line, LineFilter, NewAccount, NewGroup, NewLimits, Notice, Owner, Spent, UserRow, Want,
+    LeaseOf, LeaseRow, Line, LineFilter, NewAccount, NewGroup, NewLimits, NewTemplate, Notice, Owner, Spent,
+    TemplateRow, UserRow, Want,
 };
 pub use seal::{MasterKey, SealError, hex, random, unhex};
 
@@ -254,6 +256,14 @@ transactions! {
     write desk::revoke_code(id: i64) -> ();
     /// Credits a user with a code's amount, which is returned, and uses the code up; `Absent` when it is worth nothing.
     write desk::redeem(user_id: i64, hash: [u8; 32]) -> i64;
+    /// All public templates, or all of one user's, by name.
+    read templates::templates(user_id: Option<i64>) -> Vec<TemplateRow>;
+    /// The enabled templates of these names that a user has: a private one before a public one, those that there are.
+    read templates::named_templates(user_id: i64, names: Vec<String>) -> Vec<TemplateRow>;
+    /// Adds a template, or changes the one of this name; true when it was there before. `Refused` past a user's number.
+    write templates::put_template(template: NewTemplate) -> bool;
+    /// Removes a template; `Absent` when there is none of this name.
+    write templates::remove_template(user_id: Option<i64>, name: String) -> ();
     /// Adds a key to a user; returns its id.
     write desk::add_key(user: String, hash: [u8; 32], hint: String, name: String, limits: NewLimits) -> i64;
     /// Revokes a key for good.

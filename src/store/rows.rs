@@ -230,6 +230,30 @@ pub enum Notice {
     Short { user_id: i64, asking: BootId },
 }
 
+/// A template.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TemplateRow {
+    pub name: String,
+    /// `None`: a public one.
+    pub user_id: Option<i64>,
+    pub description: String,
+    /// A JSON array, each message as its sender wrote it.
+    pub messages: String,
+    pub enabled: bool,
+    pub updated_ms: i64,
+}
+
+/// What is stored of a template; of one that is there already, `None` stays as it is.
+#[derive(Clone, Debug, Default)]
+pub struct NewTemplate {
+    /// `None`: a public one.
+    pub user_id: Option<i64>,
+    pub name: String,
+    pub description: Option<String>,
+    pub messages: Option<String>,
+    pub enabled: Option<bool>,
+}
+
 /// One row of `changes`: what a running server has to read again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {

@@ -6,7 +6,6 @@
 mod azure;
 mod client;
 pub mod demo;
-mod fields;
 mod frames;
 pub mod openai;
 pub mod qianwen;
@@ -95,7 +94,7 @@ pub struct Ask {
 impl Ask {
     /// What is the same in all chunks of a translated answer.
     fn names(&self) -> Names {
-        Names { model: self.model.name.clone(), created_s: now_ms() / 1000 }
+        Names { model: self.head.model.clone(), created_s: now_ms() / 1000 }
     }
 }
 
@@ -308,8 +307,8 @@ impl Upstream {
             }
             None => response.into_body(),
         };
-        let mapped = translation.is_none() && permit.offer.upstream_model != ask.model.name;
-        let editing = Editing { model: ask.model.name.clone(), mapped, keep_usage: ask.head.include_usage };
+        let mapped = translation.is_none() && permit.offer.upstream_model != ask.head.model;
+        let editing = Editing { model: ask.head.model.clone(), mapped, keep_usage: ask.head.include_usage };
         let mut frames = Box::new(Frames::new(source, permit, ask.model.vocabulary, ask.head.n, editing));
         let begun = tokio::time::timeout(self.silence_max(), frames.until_content()).await;
         match begun {
@@ -343,8 +342,8 @@ impl Upstream {
             let error = |body: &Bytes| (translation.refusal)(200, body).1.into();
             body = (translation.whole)(&ask.names(), &body).map_or_else(|| error(&body), Bytes::from);
         }
-        let mapped = translation.is_none() && permit.offer.upstream_model != ask.model.name;
-        Whole::read(body, ask.head.api, ask.model.vocabulary, mapped.then_some(ask.model.name.as_str()))
+        let mapped = translation.is_none() && permit.offer.upstream_model != ask.head.model;
+        Whole::read(body, ask.head.api, ask.model.vocabulary, mapped.then_some(ask.head.model.as_str()))
             .map(Answer::Whole)
             .ok_or_else(|| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is no completion" }))
     }
@@ -388,7 +387,7 @@ impl Upstream {
             None => (status, body.into()),
         };
         match status {
-            400 | 404 | 413 | 422 => Failure::last(cleaned(status, &body, &ask.model.name, permit)),
+            400 | 404 | 413 | 422 => Failure::last(cleaned(status, &body, &ask.head.model, permit)),
             401..=403 => {
                 Failure { error: REFUSED_ACCOUNT, again: true, rest: Some(retry_after.unwrap_or(REST_DEFAULT)) }
             }

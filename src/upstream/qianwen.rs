@@ -13,10 +13,10 @@ use serde_json::{Map, Value, json};
 use super::client::Pieces;
 use super::openai::{self, DONE};
 use super::translate::{Names, Translation, Translator};
-use super::{Adapter, Ask, Via, fields::Fields};
+use super::{Adapter, Ask, Via};
 use crate::error::Error;
 use crate::pool::Permit;
-use crate::request::{Form, Head};
+use crate::request::{Fields, Form, Head};
 use crate::sse::Parser;
 
 /// One row of [`super::ADAPTERS`].
@@ -131,7 +131,7 @@ pub fn translated(
     lossy: bool,
 ) -> Result<(&'static str, Vec<u8>), Error> {
     let fields = Fields::read(body).ok_or_else(unreadable)?;
-    if fields.len() > FIELDS_MAX {
+    if fields.count() > FIELDS_MAX {
         return Err(Error::BodyInvalid { param: None, reason: "has too many fields for this model's provider".into() });
     }
     let mut writer = Writer { lossy, multimodal: is_multimodal(model), parameters: Vec::new() };
@@ -221,7 +221,7 @@ impl Writer {
 
     /// `parameters` of the client's own: options of DashScope that no field here is named for.
     fn pass_through(&mut self, value: &RawValue) -> Result<(), Error> {
-        let fields = Fields::of(value).filter(|fields| fields.len() <= FIELDS_MAX);
+        let fields = Fields::of(value).filter(|fields| fields.count() <= FIELDS_MAX);
         let fields = fields.ok_or_else(|| Error::body("parameters", "must be an object of at most 256 fields"))?;
         for (name, value) in fields.iter().filter(|(name, _)| !OWN_PARAMETERS.contains(name)) {
             self.set(name, value.get());

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 
-use super::super::translate;
 use super::*;
 use crate::meter::{Meter, Reader, Usage, Vocabulary};
+use crate::upstream::translate;
 
 fn asked(body: &Value, model: &str) -> Result<(&'static str, String), Error> {
     with(body, model, false)

@@ -50,12 +50,12 @@ fn cut(bytes: &[u8], mut seed: u64) -> Vec<Vec<u8>> {
 fn last_usage(bytes: &[u8]) -> Option<(u64, u64)> {
     let text = String::from_utf8_lossy(bytes);
     let data = text.lines().filter_map(|line| line.strip_prefix("data:"));
-    let usages = data.filter_map(|data| {
+    let mut usages = data.filter_map(|data| {
         let chunk: serde_json::Value = serde_json::from_str(data.trim()).ok()?;
         let usage = chunk.get("usage")?;
         Some((usage["prompt_tokens"].as_u64()?, usage["completion_tokens"].as_u64().unwrap_or(0)))
     });
-    usages.last()
+    usages.next_back()
 }
 
 #[tokio::test]

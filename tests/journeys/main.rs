@@ -4,6 +4,7 @@
 
 #[path = "../support/cluster.rs"]
 mod cluster;
+mod commands;
 mod corpus;
 mod faults;
 mod front_ends;

@@ -4,6 +4,8 @@
 
 #[path = "../support/cluster.rs"]
 mod cluster;
+#[path = "../journeys/commands.rs"]
+mod commands;
 #[path = "../journeys/faults.rs"]
 mod faults;
 #[path = "../journeys/limits.rs"]

@@ -5,13 +5,19 @@
 
 mod balance_inquiry;
 mod help;
+mod price;
 mod redeem;
+mod say_hi;
+mod template;
 
 use std::sync::Arc;
 
+pub use template::{Asked, SAVED, TEMPLATE};
+
 use super::{Draft, World};
-use crate::config::Language;
+use crate::config::{Language, Price};
 use crate::error::Error;
+use crate::store::TemplateRow;
 use crate::users::Key;
 
 /// One row of the table of commands.
@@ -32,17 +38,45 @@ pub enum Needs {
     Balance,
     /// The code that stands behind the command redeemed, then the balance.
     Redeem,
+    /// The models that the key may use, with their prices.
+    Models,
+    /// The user's templates and the public ones, after what was asked for has been done to them.
+    Templates,
+}
+
+/// What became of a change that a command asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Outcome {
+    #[default]
+    Nothing,
+    /// Messages, as JSON.
+    Shown(String),
+    Saved {
+        /// There was a template of this name before.
+        before: bool,
+    },
+    Deleted,
+    Refused(String),
 }
 
 /// Every command, in the order in which `/help` lists them.
-pub static COMMANDS: [Row; 3] = [help::ROW, balance_inquiry::ROW, redeem::ROW];
+pub static COMMANDS: [Row; 6] = [help::ROW, say_hi::ROW, balance_inquiry::ROW, redeem::ROW, price::ROW, template::ROW];
 
 /// What an answer is made of.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Facts<'a> {
     pub language: Language,
     pub prefix: &'a str,
     pub currency: &'a str,
+    /// What stands behind the command's name.
+    pub argument: &'a str,
+    /// The price ratio of the key's group, in millionths.
+    pub ratio_micro: i64,
+    /// Empty where the command does not need them, as all that follows.
+    pub models: Vec<(String, Price)>,
+    /// Enabled ones, the user's own before the public ones.
+    pub templates: Vec<TemplateRow>,
+    pub outcome: Outcome,
     /// 0 where the command does not need it.
     pub balance_nano: i64,
     /// What a code was worth, if the command redeemed one.
@@ -108,6 +142,46 @@ fn find(given: &str) -> Option<(&'static Row, &str)> {
 mod tests {
     use super::*;
 
+    fn facts(language: Language, argument: &str) -> Facts<'_> {
+        Facts {
+            language,
+            prefix: "!",
+            currency: "USD",
+            argument,
+            ratio_micro: 1_500_000,
+            models: vec![
+                ("gpt-4o".into(), Price::plain(2_000_000_000, 4_000_000_000)),
+                ("call".into(), Price { per_call_nano: 10_000_000, ..Price::default() }),
+            ],
+            templates: Vec::new(),
+            outcome: Outcome::Nothing,
+            balance_nano: 0,
+            redeemed_nano: None,
+        }
+    }
+
+    fn said(name: &str, language: Language, argument: &str) -> String {
+        let row = COMMANDS.iter().find(|row| row.name == name).unwrap();
+        (row.answer)(&facts(language, argument))
+    }
+
+    #[test]
+    fn prices_are_those_that_the_group_pays() {
+        let both = said("price", Language::En, "");
+        assert_eq!(both, "USD per million tokens:\n- `gpt-4o`: input 3.00, output 6.00\n- `call`: 0.015 per call\n");
+        assert!(
+            said("price", Language::Zh, "GPT").contains("输入 3.00")
+                && !said("price", Language::Zh, "GPT").contains("call")
+        );
+        assert!(said("price", Language::En, "nope").starts_with("No model"));
+    }
+
+    #[test]
+    fn hi_is_said_in_both_languages() {
+        assert_eq!(said("say_hi", Language::En, "Ann"), "Hi, Ann!");
+        assert_eq!(said("say_hi", Language::Zh, ""), "你好！");
+    }
+
     #[test]
     fn only_a_known_word_is_a_command() {
         let named = |given| find(given).map(|(row, argument)| (row.name, argument));
@@ -130,7 +204,7 @@ mod tests {
     #[test]
     fn help_lists_every_command_in_both_languages() {
         for language in [Language::En, Language::Zh] {
-            let facts = Facts { language, prefix: "!", currency: "USD", balance_nano: 0, redeemed_nano: None };
+            let facts = facts(language, "");
             let help = (help::ROW.answer)(&facts);
             for row in &COMMANDS {
                 assert!(help.contains(&format!("!{}", row.name)), "{help}");

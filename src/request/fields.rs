@@ -21,7 +21,8 @@ impl<'a> Fields<'a> {
         serde_json::from_str(value.get()).ok()
     }
 
-    pub fn len(&self) -> usize {
+    /// How many there are.
+    pub fn count(&self) -> usize {
         self.0.len()
     }
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Drives the gateway with the official OpenAI SDKs for Python and Node, in front of a scripted upstream.
+# Drives the gateway with the official OpenAI SDKs for Python and Node, LangChain and the Vercel AI SDK, in front of a
+# scripted upstream: once that speaks OpenAI's API, and once that speaks DashScope's, through the adapter for Qwen.
 #
 #     tests/sdk/run.sh target/release/gpt-cat     the gateway
 #     tests/sdk/run.sh --direct                   the drivers and the upstream alone: are they right?
@@ -9,7 +10,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ $# -eq 1 ]] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[[ $# -eq 1 ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 scratch=$(mktemp -d)
 servers=()
@@ -54,14 +55,14 @@ install_sdks() {
     python3 -m venv "$scratch/venv"
     "$scratch/venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/requirements.txt"
     # Node looks for packages beside the driver's own file.
-    cp "$here/package.json" "$here/client.mjs" "$scratch/"
+    cp "$here/package.json" "$here/client.mjs" "$here/vercel.mjs" "$scratch/"
     (cd "$scratch" && npm install --silent --no-audit --no-fund --no-package-lock)
 }
 
 start_upstream() {
-    python3 "$here/upstream.py" </dev/null >"$scratch/upstream.out" 2>"$scratch/upstream.err" &
+    PYTHONDONTWRITEBYTECODE=1 python3 "$here/upstream.py" </dev/null >"$work/upstream.out" 2>"$work/upstream.err" &
     servers+=($!)
-    UPSTREAM=$(address_in "$scratch/upstream.out" $! "$scratch/upstream.err")
+    UPSTREAM=$(address_in "$work/upstream.out" $! "$work/upstream.err")
     export UPSTREAM
 }
 
@@ -69,7 +70,7 @@ start_upstream() {
 # whose accounts the upstream sends to rest are apart from it.
 write_config() {
     cat >"$GATEWAY_CONFIG" <<TOML
-database_url = "sqlite:$scratch/data/gpt-cat.db"
+database_url = "sqlite:$work/data/gpt-cat.db"
 [server]
 http = "127.0.0.1:0"
 [admin]
@@ -91,20 +92,21 @@ endpoint() {
     local name=$1 list
     shift
     list=$(printf '"%s", ' "$@")
-    printf '[endpoints.%s]\ndialect = "openai"\nbase_url = "%s/v1"\nmodels = [%s]\n' "$name" "$UPSTREAM" "${list%, }"
+    printf '[endpoints.%s]\ndialect = "%s"\nbase_url = "%s%s"\nmodels = [%s]\n' \
+        "$name" "$DIALECT" "$UPSTREAM" "$base_path" "${list%, }"
     printf '[models."%s"]\ninput = "1000"\noutput = "2000"\n' "$@"
 } >>"$GATEWAY_CONFIG"
 
 start_gateway() {
     GATEWAY=$(realpath "$1")
-    export GATEWAY GATEWAY_CONFIG=$scratch/gpt-cat.toml
-    mkdir "$scratch/data"
+    export GATEWAY GATEWAY_CONFIG=$work/gpt-cat.toml
+    mkdir "$work/data"
     write_config
-    (cd "$scratch" && GPT_CAT_FIRST_KEY=$first_key exec "$GATEWAY" serve --config "$GATEWAY_CONFIG") \
-        >"$scratch/gateway.out" 2>"$scratch/gateway.err" </dev/null &
+    (cd "$work" && GPT_CAT_FIRST_KEY=$first_key exec "$GATEWAY" serve --config "$GATEWAY_CONFIG") \
+        >"$work/gateway.out" 2>"$work/gateway.err" </dev/null &
     gateway=$!
     servers+=("$gateway")
-    BASE_URL=$(address_in "$scratch/gateway.out" "$gateway" "$scratch/gateway.err")/v1
+    BASE_URL=$(address_in "$work/gateway.out" "$gateway" "$work/gateway.err")/v1
     export BASE_URL API_KEY=$first_key
     for name in openai busy busy_once_python busy_once_node; do
         "$GATEWAY" account add --config "$GATEWAY_CONFIG" --endpoint "$name" --name "$name" --key-env UPSTREAM_KEY \
@@ -124,18 +126,18 @@ drive() {
 }
 
 check_books() {
-    if "$GATEWAY" audit --config "$GATEWAY_CONFIG" >"$scratch/audit.out" 2>&1; then
+    if "$GATEWAY" audit --config "$GATEWAY_CONFIG" >"$work/audit.out" 2>&1; then
         say ok "the books add up $1"
     else
         say FAILED "the books add up $1"
-        cat "$scratch/audit.out"
+        cat "$work/audit.out"
     fi
 }
 
 stop_gateway() {
     kill -TERM "$gateway"
     if wait "$gateway"; then say ok "the gateway ends when it is told to"; else say FAILED "the gateway ends when it is told to"; fi
-    if grep -qF -e "$first_key" -e "$UPSTREAM_KEY" "$scratch/gateway.err"; then
+    if grep -qF -e "$first_key" -e "$UPSTREAM_KEY" "$work/gateway.err"; then
         say FAILED "no key is in the log"
     else
         say ok "no key is in the log"
@@ -144,22 +146,37 @@ stop_gateway() {
 
 count() { grep -c "^$1 " "$report" || true; }
 
+# run GATEWAY DIALECT BASE_PATH — every driver, against endpoints of this dialect.
+run() {
+    export DIALECT=$2
+    base_path=$3
+    work=$scratch/$DIALECT
+    mkdir "$work"
+    start_upstream
+    if [[ $1 == --direct ]]; then
+        export BASE_URL=$UPSTREAM/v1 API_KEY=$UPSTREAM_KEY
+    else
+        start_gateway "$1"
+    fi
+    # With another dialect the drivers' lines carry its name.
+    local suffix=
+    if [[ $DIALECT != openai ]]; then suffix=", $DIALECT"; fi
+    drive "python$suffix" "$scratch/venv/bin/python" "$here/client.py"
+    drive "node$suffix" node "$scratch/client.mjs"
+    drive "langchain$suffix" "$scratch/venv/bin/python" "$here/chain.py"
+    drive "vercel$suffix" node "$scratch/vercel.mjs"
+    if [[ $1 != --direct ]]; then
+        check_books "beside the running server ($DIALECT)"
+        stop_gateway
+        check_books "after it has ended ($DIALECT)"
+    fi
+}
+
 install_sdks
-start_upstream
-if [[ $1 == --direct ]]; then
-    export BASE_URL=$UPSTREAM/v1 API_KEY=$UPSTREAM_KEY
-else
-    start_gateway "$1"
-fi
-drive python "$scratch/venv/bin/python" "$here/client.py"
-drive node node "$scratch/client.mjs"
-if [[ $1 != --direct ]]; then
-    check_books "beside the running server"
-    stop_gateway
-    check_books "after it has ended"
-fi
+run "$1" openai /v1
+if [[ $1 != --direct ]]; then run "$1" qianwen /api/v1; fi
 if [[ $(count FAILED) -gt 0 ]]; then
-    for log in "$scratch"/*.err; do echo "-- the end of $(basename "$log")"; tail -40 "$log"; done
+    for log in "$scratch"/*/*.err; do echo "-- the end of $(basename "$log")"; tail -40 "$log"; done
 fi
 echo "sdk: $(count ok) passed, $(count FAILED) failed, $(count skipped) skipped"
 [[ $(count FAILED) -eq 0 ]]

@@ -1,4 +1,4 @@
-"""A scripted upstream that speaks OpenAI's API: what it answers follows from the model's name and the request.
+"""A scripted upstream that speaks OpenAI's API, and DashScope's: what it answers follows from the model's name and the request.
 
     gpt-4o, gpt-4o-priced…   an answer, whole or streamed; tool calls where tools are given; an instance of a JSON schema
     gpt-4o-slow…             a word each 20 ms, until the client has gone
@@ -14,6 +14,8 @@ import asyncio
 import json
 import time
 
+import dashscope
+
 KEY = "sk-upstream-0123456789abcdef"
 PACE_S = 0.02
 SLOW_WORDS_MAX = 1500  # 30 s: a client that never hangs up must not keep it for ever
@@ -23,6 +25,7 @@ LIFE_S = 900  # whoever started it and died must not leave it behind
 STORY = "The gateway takes a request , looks at it , and hands it on as it came .".split(" ")
 TOOL_ARGUMENTS = '{"city":"Z\\u00fcrich","note":"quote \\" and \\\\ slash","days":[1,2,3]}'
 BUSY_HEADERS = {"retry-after": "1"}
+SLOW_USAGE = {"prompt_tokens": 8, "completion_tokens": 1, "total_tokens": 9}
 
 LOG = []
 BUSY_SEEN = set()
@@ -61,6 +64,8 @@ async def one_request(reader, writer):
     if path == "/_log":
         return reply(writer, 200, LOG)
     entry = log_entry(path, headers.get("authorization", "").removeprefix("Bearer "), body)
+    if dashscope.is_path(path):
+        return await chat_of_dashscope(reader, writer, dashscope.request_of(json.loads(body), headers), entry)
     if entry["key"] != KEY:
         return refuse(writer, 401, "Incorrect API key provided.", "invalid_request_error", code="invalid_api_key")
     if method == "GET" and path == "/v1/models":
@@ -85,13 +90,51 @@ async def chat(reader, writer, request, entry):
     if model == "gpt-4o-busy" or (model.startswith("gpt-4o-busy-once") and first_time):
         return refuse(writer, 429, "Rate limit reached.", "requests", code="rate_limit_exceeded", headers=BUSY_HEADERS)
     if model.startswith("gpt-4o-slow"):
-        return await stream_slowly(reader, writer, model, entry)
+        base = frame(model, "chat.completion.chunk")
+        choice = {"index": 0, "delta": {"content": " word"}, "finish_reason": None}
+        event = f"data: {json.dumps({**base, 'choices': [choice]})}\n\n"
+        return await stream_slowly(reader, writer, entry, (event for _ in range(SLOW_WORDS_MAX)))
     message = answer_to(request)
     if request.get("stream"):
         return await stream(writer, request, message)
     finish = "tool_calls" if message.get("tool_calls") else "stop"
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
     return reply(writer, 200, {**frame(model, "chat.completion"), "choices": [choice], "usage": usage(request, message)})
+
+
+async def chat_of_dashscope(reader, writer, request, entry):
+    """The same in DashScope's shapes."""
+    model = request["model"]
+    refuse_so = lambda status, message, headers=None: reply(writer, status, dashscope.refusal(status, message), headers)
+    first_time = model not in BUSY_SEEN
+    BUSY_SEEN.add(model)
+    if entry["key"] != KEY:
+        return refuse_so(401, "Invalid API-key provided.")
+    if model == "gpt-4o-picky":
+        return refuse_so(400, "Only the default (1) value is supported.")
+    if model == "gpt-4o-busy" or (model.startswith("gpt-4o-busy-once") and first_time):
+        return refuse_so(429, "Requests rate limit exceeded.", BUSY_HEADERS)
+    if model.startswith("gpt-4o-slow"):
+        words = ({"content": " word"} for _ in range(SLOW_WORDS_MAX))
+        return await stream_slowly(reader, writer, entry, (result_of(delta, None, SLOW_USAGE) for delta in words))
+    message = answer_to(request)
+    finish = "tool_calls" if message.get("tool_calls") else "stop"
+    tokens = usage(request, message)
+    if not request["stream"]:
+        return reply(writer, 200, dashscope.result(message, finish, tokens))
+    begin_stream(writer)
+    for delta in deltas(message):
+        send_chunk(writer, result_of(delta, None, tokens))
+        await writer.drain()
+    send_chunk(writer, result_of({}, finish, tokens))
+    writer.write(b"0\r\n\r\n")
+    await writer.drain()
+    return True
+
+
+def result_of(delta, finish, tokens):
+    result = json.dumps(dashscope.result(delta, finish, tokens), ensure_ascii=False)
+    return f"id:1\nevent:result\n:HTTP_STATUS/200\ndata:{result}\n\n"
 
 
 def answer_to(request):
@@ -155,12 +198,11 @@ def deltas(message):
         yield {"tool_calls": [{"index": 0, "function": {"arguments": arguments[at : at + 5]}}]}
 
 
-async def stream_slowly(reader, writer, model, entry):
+async def stream_slowly(reader, writer, entry, events):
     """Says ` word` (one token in every vocabulary) each 20 ms and notes when the other end has closed."""
     begin_stream(writer)
-    base = frame(model, "chat.completion.chunk")
-    for _ in range(SLOW_WORDS_MAX):
-        send_event(writer, {**base, "choices": [{"index": 0, "delta": {"content": " word"}, "finish_reason": None}]})
+    for event in events:
+        send_chunk(writer, event)
         entry["words_sent"] += 1
         try:
             await writer.drain()

@@ -32,7 +32,7 @@ fn ledger(c: &mut Criterion) {
             vocabulary: Vocabulary::O200k,
             offers: Vec::new(),
         });
-        let bounds = Config::load(None, [], &["openai", "demo"]).expect("the defaults").ledger;
+        let bounds = Config::load(None, [], &["openai", "qianwen", "demo"]).expect("the defaults").ledger;
         let ledger = Ledger::start(store.clone(), &folder.path().join("journal"), &bounds).await.expect("a ledger");
         tokio::spawn(ledger.clone().keep()); // lines are shipped meanwhile, as they are while serving
         (ledger, Users::load(&store).await.expect("users"), model)

@@ -67,7 +67,7 @@ impl Node {
     }
 
     fn bounds() -> config::Ledger {
-        let mut bounds = Config::load(None, [], &["openai", "demo"]).unwrap().ledger;
+        let mut bounds = Config::load(None, [], &["openai", "qianwen", "demo"]).unwrap().ledger;
         bounds.on_low_balance = LowBalance::Refuse;
         bounds
     }

@@ -295,7 +295,7 @@ mod tests {
     use crate::meter::Vocabulary;
 
     fn model() -> Arc<Model> {
-        let config = Config::load(None, [], &["openai", "demo"]).unwrap();
+        let config = Config::load(None, [], &["openai", "qianwen", "demo"]).unwrap();
         let endpoint = Arc::new(config.endpoints["openai"].clone());
         Arc::new(Model {
             name: "m".into(),
@@ -325,7 +325,7 @@ mod tests {
     }
 
     fn pool(accounts: Vec<Account>) -> Arc<Pool> {
-        let config = Config::load(None, [], &["openai", "demo"]).unwrap();
+        let config = Config::load(None, [], &["openai", "qianwen", "demo"]).unwrap();
         let pool = Pool::new(config.pool);
         pool.replace(accounts);
         pool

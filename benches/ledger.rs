@@ -7,7 +7,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use gpt_cat::catalog::Model;
 use gpt_cat::config::Price;
 use gpt_cat::config::{Config, DatabaseUrl};
-use gpt_cat::ledger::{Ask, Ended, Ledger};
+use gpt_cat::ledger::{Ask, Counting, Ended, Ledger};
 use gpt_cat::meter::Vocabulary;
 use gpt_cat::request::Head;
 use gpt_cat::store::{EndReason, Store};
@@ -17,6 +17,8 @@ fn ledger(c: &mut Criterion) {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     let folder = tempfile::tempdir().expect("a folder");
+    let config = Config::load(None, [], &["openai", "qianwen", "demo"]).expect("the defaults");
+    let endpoint = &config.endpoints["openai"];
     let (ledger, users, model) = runtime.block_on(async {
         let store = Store::open(&DatabaseUrl::Sqlite(folder.path().join("x.db"))).await.expect("a database");
         let key = (hash_key("sk-bench"), "ench".to_owned());
@@ -32,8 +34,9 @@ fn ledger(c: &mut Criterion) {
             vocabulary: Vocabulary::O200k,
             offers: Vec::new(),
         });
-        let bounds = Config::load(None, [], &["openai", "qianwen", "demo"]).expect("the defaults").ledger;
-        let ledger = Ledger::start(store.clone(), &folder.path().join("journal"), &bounds).await.expect("a ledger");
+        let journals = folder.path().join("journal");
+        let ledger = Ledger::start(store.clone(), &journals, &config.ledger, Counting::default()).await;
+        let ledger = ledger.expect("a ledger");
         tokio::spawn(ledger.clone().keep()); // lines are shipped meanwhile, as they are while serving
         (ledger, Users::load(&store).await.expect("users"), model)
     });
@@ -66,7 +69,7 @@ fn ledger(c: &mut Criterion) {
     c.bench_function("ledger/call", |b| {
         b.iter(|| {
             let mut line = runtime.block_on(open());
-            line.called(Some(1), "openai", "gpt-4o");
+            line.called(Some(1), endpoint, "gpt-4o");
             assert!(line.mark(1));
             line.end(ended());
         });

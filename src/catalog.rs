@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::config;
+use crate::config::{self, ForeignVocabulary};
 use crate::meter::Vocabulary;
 use crate::store::{Store, StoreError};
 
@@ -40,9 +40,6 @@ pub struct Catalog {
     models: BTreeMap<String, Arc<Model>>,
 }
 
-/// Counts a model whose vocabulary is not public, or not known here.
-const FOREIGN_VOCABULARY: Vocabulary = Vocabulary::O200k;
-
 impl Catalog {
     /// Builds the snapshot; every price gets its version in the store.
     pub async fn load(config: &config::Config, store: &Store) -> Result<Catalog, StoreError> {
@@ -56,7 +53,10 @@ impl Catalog {
                 .iter()
                 .find_map(|offer| Vocabulary::of_model(&offer.upstream_model))
                 .or_else(|| Vocabulary::of_model(&model.name))
-                .unwrap_or(FOREIGN_VOCABULARY);
+                .unwrap_or(match config.meter.vocabulary {
+                    ForeignVocabulary::O200k => Vocabulary::O200k,
+                    ForeignVocabulary::Cl100k => Vocabulary::Cl100k,
+                });
             let made = Model {
                 name: model.name.clone(),
                 price: model.price.clone(),

@@ -29,7 +29,7 @@ pub mod store;
 pub mod config;
 // Every way a request fails, and what the client is told.
 pub mod error;
-// Logs and request ids.
+// Logs, metrics and request ids.
 pub mod telemetry;
 // Where a drill lets this process die; nothing in a release.
 pub mod failpoint;

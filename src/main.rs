@@ -96,7 +96,8 @@ async fn serve(config: Config, master: MasterKey) -> Result<bool, Failure> {
         print(&format!("listening on {url}\n"))?;
     }
 
-    let api = api.map(|listener| tokio::spawn(admin::serve_api(listener, config, store, ledger::CHECK_LINE)));
+    let metrics = server.metrics();
+    let api = api.map(|listener| tokio::spawn(admin::serve_api(listener, config, store, ledger::CHECK_LINE, metrics)));
     let [terminate, interrupt] = &mut stop;
     server
         .run(async {

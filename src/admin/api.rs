@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 use super::show;
 use crate::config::Config;
 use crate::store::{LineCheck, LineFilter, Store, StoreError, hex};
+use crate::telemetry::Metrics;
 use crate::users::hash_key;
 
 /// An operator's tools need few.
@@ -29,14 +30,15 @@ struct Api {
     config: Config,
     store: Store,
     check_line: LineCheck,
+    metrics: Arc<Metrics>,
     /// Hexadecimal SHA-256 of the token. Comparing hashes tells nothing about the token, however long it takes.
     token_hash: String,
 }
 
 /// Serves until the future is dropped; ends at once where no admin token was ever made.
-pub async fn serve(listener: TcpListener, config: Config, store: Store, check_line: LineCheck) {
+pub async fn serve(listener: TcpListener, config: Config, store: Store, check_line: LineCheck, metrics: Arc<Metrics>) {
     let Ok(Some(token_hash)) = store.setting("admin_token_hash").await else { return };
-    let api = Arc::new(Api { config, store, check_line, token_hash });
+    let api = Arc::new(Api { config, store, check_line, metrics, token_hash });
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
@@ -71,9 +73,10 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Result<Response<Full<B
         "/accounts" => show::accounts(&api.store).await,
         "/models" => Ok(show::models(&api.config)),
         "/usage" => show::usage(&api.store, LineFilter { limit: LINES_MAX, ..LineFilter::default() }).await,
+        "/metrics" => return Ok(text(api.metrics.text())),
         "/audit" => return Ok(audit(api).await.unwrap_or_else(|error| failed(&error))),
         _ => {
-            let message = "there are: /users, /keys, /accounts, /models, /usage, /audit";
+            let message = "there are: /users, /keys, /accounts, /models, /usage, /audit, /metrics";
             return Ok(json(StatusCode::NOT_FOUND, error(message)));
         }
     };
@@ -94,6 +97,14 @@ fn failed(cause: &StoreError) -> Response<Full<Bytes>> {
 
 fn error(message: &str) -> serde_json::Value {
     serde_json::json!({ "error": { "message": message } })
+}
+
+/// Metrics, as Prometheus reads them.
+fn text(body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body));
+    let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+    response.headers_mut().insert(CONTENT_TYPE, kind);
+    response
 }
 
 fn json(status: StatusCode, body: serde_json::Value) -> Response<Full<Bytes>> {

@@ -90,6 +90,19 @@ pub fn config(typed: Typed, dialects: &[&str]) -> Result<Config, Errors> {
             queue_user_max: c.number("pool.queue_user_max", raw.pool.queue_user_max, 100, 0..=1_000_000),
             queue_deadline_s: c.number("pool.queue_deadline_s", raw.pool.queue_deadline_s, 25, 1..=600),
         },
+        meter: Meter {
+            vocabulary: c.choice(
+                "meter.vocabulary",
+                raw.meter.vocabulary,
+                &[("o200k", ForeignVocabulary::O200k), ("cl100k", ForeignVocabulary::Cl100k)],
+            ),
+            count_prompt: c.choice(
+                "meter.count_prompt",
+                raw.meter.count_prompt,
+                &[("when_needed", CountPrompt::WhenNeeded), ("always", CountPrompt::Always)],
+            ),
+            cross_check_each: c.number("meter.cross_check_each", raw.meter.cross_check_each, 100, 0..=1_000_000_000),
+        },
         upstream: {
             let raw = raw.upstream;
             UpstreamBounds {
@@ -350,6 +363,7 @@ impl Check {
                 raw.on_disconnect,
                 &[("cancel", OnDisconnect::Cancel), ("drain", OnDisconnect::Drain)],
             ),
+            calibration_micro: self.calibration(&below(&key, "calibration"), raw.calibration),
             lossy: self.choice(&below(&key, "lossy"), raw.lossy, &[("refuse", false), ("allow", true)]),
             dialect,
             name,
@@ -366,6 +380,16 @@ impl Check {
             None => self.refuse(endpoint, format!("expected a dialect, one of {}", dialects.join(", "))),
         }
         String::new()
+    }
+
+    /// A factor from a tenth to ten, in millionths: beyond it the vocabulary is the wrong one.
+    fn calibration(&mut self, key: &str, typed: Option<Value>) -> i64 {
+        const MICRO: i64 = NANO / 1_000_000;
+        let nano = self.amount(key, typed).unwrap_or(NANO);
+        if !(NANO / 10..=10 * NANO).contains(&nano) || nano % MICRO != 0 {
+            self.refuse(key, "expected \"0.1\" to \"10\", of at most six decimals".to_owned());
+        }
+        nano / MICRO
     }
 
     fn api_version(&mut self, endpoint: &str, typed: Option<String>, dialect: &str) -> String {

@@ -55,6 +55,7 @@ pub struct Config {
     pub title_catch: TitleCatch,
     pub retry: Retry,
     pub pool: PoolBounds,
+    pub meter: Meter,
     pub upstream: UpstreamBounds,
     pub ledger: Ledger,
     /// By name.
@@ -253,6 +254,31 @@ pub struct PoolBounds {
     pub queue_deadline_s: u64,
 }
 
+/// How tokens are counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Meter {
+    /// Counts models whose own vocabulary is not known.
+    pub vocabulary: ForeignVocabulary,
+    pub count_prompt: CountPrompt,
+    /// Of so many calls the prompt of one is counted beside the provider's usage; 0: of none.
+    pub cross_check_each: u64,
+}
+
+/// A vocabulary that models are counted with whose own is not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ForeignVocabulary {
+    O200k,
+    Cl100k,
+}
+
+/// When a prompt is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CountPrompt {
+    /// When something needs it: a hold that the bound does not fit, an answer without a usage, a cross-check.
+    WhenNeeded,
+    Always,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpstreamBounds {
     pub connect_timeout_s: u64,
@@ -320,6 +346,8 @@ pub struct Endpoint {
     pub stream_options: bool,
     /// Whether fields that another dialect cannot represent are left out, instead of refused.
     pub lossy: bool,
+    /// What a token counted here is worth of the provider's own, in millionths.
+    pub calibration_micro: i64,
     /// Of Azure's API; empty for other dialects.
     pub api_version: String,
     pub on_disconnect: OnDisconnect,

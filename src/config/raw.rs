@@ -21,6 +21,7 @@ pub struct Raw {
     pub title_catch: RawTitleCatch,
     pub retry: RawRetry,
     pub pool: RawPool,
+    pub meter: RawMeter,
     pub upstream: RawUpstream,
     pub ledger: RawLedger,
     pub endpoints: BTreeMap<String, RawEndpoint>,
@@ -114,6 +115,14 @@ pub struct RawPool {
 
 #[derive(Default, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct RawMeter {
+    pub vocabulary: Option<String>,
+    pub count_prompt: Option<String>,
+    pub cross_check_each: Option<i64>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
 pub struct RawUpstream {
     pub connect_timeout_s: Option<i64>,
     pub first_byte_timeout_s: Option<i64>,
@@ -144,6 +153,7 @@ pub struct RawEndpoint {
     pub stream_options: Option<bool>,
     pub api_version: Option<String>,
     pub lossy: Option<String>,
+    pub calibration: Option<toml::Value>,
     pub on_disconnect: Option<String>,
 }
 

@@ -15,11 +15,12 @@ use super::prompt::PromptText;
 use super::quota::{self, Quota};
 use super::{Ledger, Tokens, cost_nano};
 use crate::catalog::Model;
-use crate::config::LowBalance;
+use crate::config::{Endpoint, LowBalance};
 use crate::error::Error;
 use crate::meter::Usage;
 use crate::request::{Form, Head};
 use crate::store::{Billed, EndReason, Line, now_ms};
+use crate::telemetry::{self, Metrics};
 use crate::users::Key;
 
 /// Output tokens that a stream takes at a time once its first hold is used up.
@@ -113,6 +114,8 @@ struct Inner {
     estimated: bool,
     content: bool,
     unmeasured: bool,
+    /// The prompt is counted although nothing needs it.
+    cross_checked: bool,
     /// What the upstream said of an answer that its client did not stay for.
     upstream_bills: Option<Usage>,
 }
@@ -207,8 +210,9 @@ impl Ledger {
         }
         let (quota, taken) = held?;
 
+        let sequence = boot.sequence.fetch_add(1, Ordering::Relaxed) + 1;
         let line = Line {
-            sequence: boot.sequence.fetch_add(1, Ordering::Relaxed) + 1,
+            sequence,
             request_id: ask.request_id,
             client_request_id: ask.client_request_id.map(bounded),
             user_id: user.id,
@@ -276,6 +280,7 @@ impl Ledger {
             estimated: false,
             content: false,
             unmeasured: !head.api.is_measured(),
+            cross_checked: head.api.is_measured() && self.counting.takes(sequence),
             upstream_bills: None,
         };
         Ok(OpenLine { ledger: self.clone(), boot, inner: Some(Box::new(inner)) })
@@ -297,9 +302,12 @@ impl OpenLine {
     }
 
     /// Notes a try: from here on the upstream may bill.
-    pub fn called(&mut self, account_id: Option<i64>, endpoint: &str, model_upstream: &str) {
+    pub fn called(&mut self, account_id: Option<i64>, endpoint: &Endpoint, model_upstream: &str) {
         let inner = self.inner_mut();
         inner.called = true;
+        inner.line.calibration_micro = endpoint.calibration_micro;
+        inner.prompt.calibration_micro = endpoint.calibration_micro;
+        let endpoint = endpoint.name.as_str();
         inner.line.tries += 1;
         inner.line.account_id = account_id;
         if inner.line.endpoint.as_deref() != Some(endpoint) {
@@ -385,8 +393,9 @@ impl OpenLine {
     /// Whether the end needs the prompt counted, and counting would take too long for a worker: then
     /// [`OpenLine::prepare`] has to be awaited before it.
     pub fn needs_time(&self, usage: Option<Usage>) -> bool {
-        let Inner { prompt, unmeasured, .. } = self.inner();
-        !unmeasured && usage.is_none_or(|usage| usage.input > prompt.usage_bound()) && prompt.is_long()
+        let Inner { prompt, unmeasured, cross_checked, .. } = self.inner();
+        let needs = *cross_checked || usage.is_none_or(|usage| usage.input > prompt.usage_bound());
+        !unmeasured && needs && prompt.is_long()
     }
 
     /// Counts a long prompt on a blocking thread, where the end needs it; otherwise returns at once.
@@ -399,7 +408,7 @@ impl OpenLine {
     /// Settles the call: END is in the kernel when this returns.
     pub fn end(mut self, ended: Ended) {
         if let Some(inner) = self.inner.take() {
-            inner.settle(&self.boot, ended);
+            inner.settle(&self.boot, &self.ledger.counting.metrics, ended);
         }
     }
 }
@@ -420,9 +429,9 @@ impl Drop for OpenLine {
             may_be_billed: inner.called,
             unmeasured: inner.unmeasured,
         };
-        let boot = self.boot.clone();
+        let (boot, ledger) = (self.boot.clone(), self.ledger.clone());
         let counts = inner.content && !inner.unmeasured && inner.prompt.counted.is_none() && inner.prompt.is_long();
-        let settling = Settling(Some((inner, boot, ended)));
+        let settling = Settling(Some((inner, boot, ledger, ended)));
         match tokio::runtime::Handle::try_current() {
             // A hand-over: a worker must not count a long prompt in a drop.
             Ok(runtime) if counts => drop(runtime.spawn_blocking(move || drop(settling))),
@@ -432,12 +441,12 @@ impl Drop for OpenLine {
 }
 
 /// A call that settles when this is dropped: also when the runtime ends and drops the task that it was handed to.
-struct Settling(Option<(Box<Inner>, Arc<Boot>, Ended)>);
+struct Settling(Option<(Box<Inner>, Arc<Boot>, Arc<Ledger>, Ended)>);
 
 impl Drop for Settling {
     fn drop(&mut self) {
-        if let Some((inner, boot, ended)) = self.0.take() {
-            inner.settle(&boot, ended);
+        if let Some((inner, boot, ledger, ended)) = self.0.take() {
+            inner.settle(&boot, &ledger.counting.metrics, ended);
         }
     }
 }
@@ -461,8 +470,8 @@ impl Inner {
         self.dearest.output_nano(slices.saturating_mul(SLICE_TOKENS))
     }
 
-    fn settle(mut self: Box<Self>, boot: &Boot, ended: Ended) {
-        self.fill_tokens(&ended);
+    fn settle(mut self: Box<Self>, boot: &Boot, metrics: &Metrics, ended: Ended) {
+        self.fill_tokens(metrics, &ended);
         let Inner { purse, line, model, held, quota, called, begun, upstream_bills, prompt, output_max, .. } =
             &mut *self;
         line.hold_nano = *held;
@@ -505,7 +514,7 @@ impl Inner {
     }
 
     /// Decides what is billed: the upstream's usage when it is there and sane, the count otherwise, nothing without content.
-    fn fill_tokens(&mut self, ended: &Ended) {
+    fn fill_tokens(&mut self, metrics: &Metrics, ended: &Ended) {
         let line = &mut self.line;
         line.estimated = ended.estimated;
         line.flagged = ended.usage_invalid;
@@ -543,9 +552,20 @@ impl Inner {
                 line.estimated |= self.prompt.counted.is_some_and(|counted| counted.estimated);
             }
         }
-        if let Some(counted) = self.prompt.counted {
-            line.counted_input = Some(counted.tokens);
+        if self.cross_checked && line.billed == Billed::Usage {
+            self.prompt.count_here();
+            self.compare(metrics, ended);
         }
+        if self.prompt.counted.is_some() {
+            self.line.counted_input = Some(self.prompt.to_bill());
+        }
+    }
+
+    /// Tells how the count made here compares with the provider's usage.
+    fn compare(&self, metrics: &Metrics, ended: &Ended) {
+        let (Some(usage), Some(endpoint)) = (ended.usage, &self.line.endpoint) else { return };
+        metrics.counted(endpoint, telemetry::Tokens::Input, self.prompt.to_bill(), usage.input);
+        metrics.counted(endpoint, telemetry::Tokens::Output, ended.output, usage.output);
     }
 }
 

@@ -30,6 +30,7 @@ pub use money::{RATIO_ONE, Tokens, cost_nano};
 use crate::config::{self, LowBalance, Price};
 use crate::failpoint;
 use crate::store::{Billed, BootId, Line, LineCheck, LineCost, Store, StoreError, day_of};
+use crate::telemetry::Metrics;
 
 /// A node that was fenced off tries this often to begin again.
 const BEGIN_AGAIN: Duration = Duration::from_secs(1);
@@ -53,10 +54,27 @@ pub struct Ledger {
     retired: Mutex<Vec<Arc<Boot>>>,
     habits: RwLock<HashMap<String, Arc<habit::Habit>>>,
     on_low_balance: LowBalance,
+    counting: Counting,
     /// The node stops: it begins no other boot.
     stopped: AtomicBool,
     /// Calls that end now were cut off by this node, not by their clients.
     cut_off: AtomicBool,
+}
+
+/// When prompts are counted that nothing needs, and who is told what came of it.
+#[derive(Debug, Default)]
+pub struct Counting {
+    pub always: bool,
+    /// Of so many calls one is counted; 0: none.
+    pub cross_check_each: u64,
+    pub metrics: Arc<Metrics>,
+}
+
+impl Counting {
+    /// Whether this call is counted whatever its provider says.
+    fn takes(&self, sequence: u64) -> bool {
+        self.always || (self.cross_check_each > 0 && sequence.is_multiple_of(self.cross_check_each))
+    }
 }
 
 /// How long a node is believed, in milliseconds.
@@ -100,7 +118,12 @@ impl From<io::Error> for StartError {
 
 impl Ledger {
     /// Settles what earlier boots left in `journals`, then begins a boot of its own.
-    pub async fn start(store: Store, journals: &Path, bounds: &config::Ledger) -> Result<Arc<Ledger>, StartError> {
+    pub async fn start(
+        store: Store,
+        journals: &Path,
+        bounds: &config::Ledger,
+        counting: Counting,
+    ) -> Result<Arc<Ledger>, StartError> {
         std::fs::create_dir_all(journals)?;
         for dead in journal::dead_boots(journals)? {
             settle_dead(&store, journals, dead).await?;
@@ -122,6 +145,7 @@ impl Ledger {
             retired: Mutex::default(),
             habits: RwLock::default(),
             on_low_balance: bounds.on_low_balance,
+            counting,
             stopped: AtomicBool::new(false),
             cut_off: AtomicBool::new(false),
         }))

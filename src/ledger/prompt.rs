@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::RATIO_ONE;
 use super::hold::Ask;
 use crate::catalog::Model;
-use crate::meter::{self, Prompt, Vocabulary};
+use crate::meter::{self, Prompt, Vocabulary, calibrated};
 
 /// A body up to this size lies in hyper's first read buffer, of 8 KiB.
 const BODY_COPIED_BYTES_MAX: usize = 8 << 10;
@@ -26,7 +27,10 @@ pub(super) struct PromptText {
     body: Bytes,
     vocabulary: Vocabulary,
     pub bound: u64,
+    /// As OpenAI counts it, before any calibration.
     pub counted: Option<Prompt>,
+    /// The provider's tokens for one counted here, in millionths.
+    pub calibration_micro: i64,
     /// Parts whose tokens cannot be told from the body.
     opaque: bool,
 }
@@ -34,12 +38,20 @@ pub(super) struct PromptText {
 impl PromptText {
     pub fn new(ask: &Ask<'_>, model: &Model) -> PromptText {
         let shape = ask.head.prompt;
+        // Before a call it is not known which endpoint it goes to: the one that counts the most is held for.
+        let calibrations = model.offers.iter().map(|offer| offer.endpoint.calibration_micro);
+        let calibration_micro = calibrations.max().unwrap_or(RATIO_ONE);
         let bytes = meter::prompt_bound(shape.text_bytes, shape.messages.into(), shape.images.into(), &model.name);
         PromptText {
             body: kept(ask.body),
             vocabulary: model.vocabulary,
-            bound: if shape.opaque { model.context } else { bytes.min(model.context) },
+            bound: if shape.opaque {
+                model.context
+            } else {
+                calibrated(bytes, calibration_micro.max(RATIO_ONE)).min(model.context)
+            },
             counted: None,
+            calibration_micro,
             opaque: shape.opaque,
         }
     }
@@ -72,19 +84,20 @@ impl PromptText {
     /// What to hold for: the count where there is one, else the bound; the bound where parts cannot be counted.
     pub fn to_hold(&self) -> u64 {
         match self.counted {
-            Some(counted) if !self.opaque => counted.tokens.min(self.bound),
+            Some(_) if !self.opaque => self.to_bill(),
             _ => self.bound,
         }
     }
 
     /// What to bill without a usage: the count, which parts that cannot be counted are no part of.
     pub fn to_bill(&self) -> u64 {
-        self.counted.map_or(self.bound, |counted| counted.tokens.min(self.bound))
+        let tokens = self.counted.map(|counted| calibrated(counted.tokens, self.calibration_micro));
+        tokens.map_or(self.bound, |tokens| tokens.min(self.bound))
     }
 
     /// For a MARK: never more than the bound, and counting is not worth its time there.
     pub fn best_guess(&self) -> u64 {
-        self.counted.map_or((self.bound / BYTES_PER_TOKEN).max(1), |counted| counted.tokens)
+        self.counted.map_or((self.bound / BYTES_PER_TOKEN).max(1), |_| self.to_bill())
     }
 }
 

@@ -41,7 +41,7 @@ impl Node {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(url).await.unwrap();
         let bounds = config::Ledger { fence_s, forfeit_s, ..Node::bounds() };
-        let ledger = Ledger::start(store.clone(), folder.path(), &bounds).await.unwrap();
+        let ledger = Ledger::start(store.clone(), folder.path(), &bounds, Counting::default()).await.unwrap();
         let users = Users::load(&store).await.unwrap();
         let (heard, by) = (store.listen().unwrap(), ledger.clone());
         let listening = tokio::spawn(async move {
@@ -61,7 +61,7 @@ impl Node {
     /// A node whose heart does not beat by itself and that hears nothing: what it does is done by hand.
     pub async fn quiet(store: &Store) -> Node {
         let folder = tempfile::tempdir().unwrap();
-        let ledger = Ledger::start(store.clone(), folder.path(), &Node::bounds()).await.unwrap();
+        let ledger = Ledger::start(store.clone(), folder.path(), &Node::bounds(), Counting::default()).await.unwrap();
         let users = Users::load(store).await.unwrap();
         Node { ledger, users, store: store.clone(), tasks: Vec::new(), folder }
     }
@@ -79,13 +79,15 @@ impl Node {
     /// `kill -9`, and a start on the same disk.
     pub async fn crash_and_start(&mut self) {
         self.boot().journal.abandon();
-        self.ledger = Ledger::start(self.store.clone(), self.folder.path(), &Node::bounds()).await.unwrap();
+        self.ledger =
+            Ledger::start(self.store.clone(), self.folder.path(), &Node::bounds(), Counting::default()).await.unwrap();
     }
 
     /// What a node does that finds itself fenced off.
     pub async fn begin_again(&mut self) {
         self.boot().retire(Duration::from_secs(1)).await.unwrap();
-        self.ledger = Ledger::start(self.store.clone(), self.folder.path(), &Node::bounds()).await.unwrap();
+        self.ledger =
+            Ledger::start(self.store.clone(), self.folder.path(), &Node::bounds(), Counting::default()).await.unwrap();
     }
 
     fn live(&mut self) {

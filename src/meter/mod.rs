@@ -25,6 +25,16 @@ pub const LANES_MAX: usize = 256;
 /// A longer one holds up every other stream of the thread, so it is estimated from samples.
 pub const DELTA_BYTES_MAX: usize = 16 << 10;
 
+/// A number of tokens times a factor in millionths, rounded up: what a provider makes of them whose vocabulary is not
+/// public.
+pub fn calibrated(tokens: u64, calibration_micro: i64) -> u64 {
+    if calibration_micro == 1_000_000 {
+        return tokens;
+    }
+    let scaled = u128::from(tokens) * u128::from(calibration_micro.unsigned_abs());
+    u64::try_from(scaled.div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
+
 /// Which text of an answer a delta belongs to: counted apart, since tokens do not join across them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Lane {

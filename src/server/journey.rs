@@ -152,7 +152,7 @@ async fn ask_upstream(gateway: Arc<Gateway>, call: Call, upload: Option<Upload>,
     let clamp = [line.clamp(), output_max].into_iter().flatten().min();
     let ask = upstream::Ask { clamp, model, head, body, user_id: key.user.id, upload };
     let called = |permit: &crate::pool::Permit| {
-        line.called(permit.account.id, &permit.offer.endpoint.name, &permit.offer.upstream_model);
+        line.called(permit.account.id, &permit.offer.endpoint, &permit.offer.upstream_model);
     };
     let opening = tokio::time::timeout(gateway.upstream.total_max(), gateway.upstream.open(&ask, called)).await;
     let answer = opening.unwrap_or(Err(Error::UpstreamTimeout { reason: "its answer took too long" }));

@@ -29,13 +29,13 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
 
 use crate::catalog::Catalog;
-use crate::config::{self, Config};
+use crate::config::{self, Config, CountPrompt};
 use crate::error::Error;
-use crate::ledger::{self, Ledger};
+use crate::ledger::{self, Counting, Ledger};
 use crate::meter::Vocabulary;
 use crate::pool::Pool;
 use crate::store::{BootId, Change, MasterKey, Notice, Notices, Store, StoreError, random};
-use crate::telemetry::RequestIds;
+use crate::telemetry::{Metrics, RequestIds};
 use crate::upstream::{self, Client, Upstream};
 use crate::users::Users;
 
@@ -127,6 +127,7 @@ pub struct Server {
     master: MasterKey,
     doors: Doors,
     changes: i64,
+    metrics: Arc<Metrics>,
 }
 
 /// Why a server does not start; a sentence for the operator.
@@ -136,7 +137,13 @@ impl Server {
     /// Settles what earlier processes left, and reads what the store has.
     pub async fn start(config: Config, store: Store, master: MasterKey, doors: Doors) -> Result<Server, StartError> {
         let journals = config.data_dir.join("journal");
-        let ledger = Ledger::start(store.clone(), &journals, &config.ledger).await?;
+        let metrics = Arc::new(Metrics::default());
+        let counting = Counting {
+            always: config.meter.count_prompt == CountPrompt::Always,
+            cross_check_each: config.meter.cross_check_each,
+            metrics: metrics.clone(),
+        };
+        let ledger = Ledger::start(store.clone(), &journals, &config.ledger, counting).await?;
         let changes = store.change_sequence().await?; // before anything is read, so that no change is missed
         let catalog = Catalog::load(&config, &store).await?;
         warm(&catalog).await;
@@ -155,12 +162,17 @@ impl Server {
             stop: Arc::new(Notify::new()),
             snapshot: ArcSwap::from_pointee(Snapshot { config, catalog }),
         });
-        Ok(Server { gateway, master, doors, changes })
+        Ok(Server { gateway, master, doors, changes, metrics })
+    }
+
+    /// What this node counts of itself.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.metrics.clone()
     }
 
     /// Serves until `stop` is ready; then lets calls finish within the configured time, settles, and returns.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
-        let Server { gateway, master, doors: Doors { http, https }, changes } = self;
+        let Server { gateway, master, doors: Doors { http, https }, changes, .. } = self;
         let config = gateway.snapshot.load_full();
         let graceful = Arc::new(GracefulShutdown::new());
         let (abort, aborted) = watch::channel(false);

@@ -17,7 +17,7 @@ use super::error_in_stream;
 use super::openai::DONE;
 use crate::config::OnDisconnect;
 use crate::error::Error;
-use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary};
+use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary, calibrated};
 use crate::pool::Permit;
 use crate::sse::Parser;
 
@@ -88,6 +88,8 @@ pub struct Frames {
     /// What the upstream said when it failed within its stream.
     failure: Option<Error>,
     keep_usage: bool,
+    /// The provider's tokens for one counted here, in millionths.
+    calibration_micro: i64,
     chunk: Bytes,
     /// How far the chunk has been read, and how far its bytes have been given out.
     read: usize,
@@ -133,6 +135,7 @@ impl Frames {
             name: editing.model,
             failure: None,
             keep_usage: editing.keep_usage,
+            calibration_micro: permit.offer.endpoint.calibration_micro,
             chunk: Bytes::new(),
             read: 0,
             given: 0,
@@ -265,7 +268,7 @@ impl Frames {
 
     /// Output tokens of all frames that were given out.
     pub fn output(&mut self) -> u64 {
-        self.meter.total() + self.uncounted()
+        calibrated(self.meter.total() + self.uncounted(), self.calibration_micro)
     }
 
     /// Says how many output tokens are paid for: from there on each frame is counted before it is read.
@@ -295,7 +298,7 @@ impl Frames {
 
     /// A number that [`Frames::output`] does not exceed, for next to nothing.
     pub fn output_at_most(&self) -> u64 {
-        self.meter.at_most() + self.uncounted()
+        calibrated(self.meter.at_most() + self.uncounted(), self.calibration_micro)
     }
 
     /// Whether the count is not exact.
@@ -376,8 +379,9 @@ impl Frames {
         } else if event.dispatched {
             // A token has at least one byte of the data; only a frame that may go beyond is worth a count before it.
             let uncounted = self.uncounted_bytes / BYTES_PER_TOKEN;
-            if self.meter.at_most() + uncounted + event.data.len() as u64 > self.watch {
-                self.before = self.meter.total() + uncounted;
+            let at_most = self.meter.at_most() + uncounted + event.data.len() as u64;
+            if calibrated(at_most, self.calibration_micro) > self.watch {
+                self.before = calibrated(self.meter.total() + uncounted, self.calibration_micro);
             }
             read = READER.with_borrow_mut(|reader| reader.read(event.data, &mut self.meter));
             frame.failed = named_error;
@@ -457,7 +461,8 @@ impl Frames {
         }
         self.passing = true;
         self.lost |= self.parser.overflowed();
-        if self.output_at_most() + self.held_bytes as u64 > self.watch {
+        let held = calibrated(self.held_bytes as u64, self.calibration_micro);
+        if self.output_at_most() + held > self.watch {
             self.before = self.output();
         }
         self.uncounted_bytes += self.held_bytes as u64;

@@ -343,9 +343,16 @@ impl Upstream {
             body = (translation.whole)(&ask.names(), &body).map_or_else(|| error(&body), Bytes::from);
         }
         let mapped = translation.is_none() && permit.offer.upstream_model != ask.head.model;
-        Whole::read(body, ask.head.api, ask.model.vocabulary, mapped.then_some(ask.head.model.as_str()))
-            .map(Answer::Whole)
-            .ok_or_else(|| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is no completion" }))
+        let calibration_micro = permit.offer.endpoint.calibration_micro;
+        Whole::read(
+            body,
+            ask.head.api,
+            ask.model.vocabulary,
+            calibration_micro,
+            mapped.then_some(ask.head.model.as_str()),
+        )
+        .map(Answer::Whole)
+        .ok_or_else(|| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer is no completion" }))
     }
 
     /// Reads a body up to a bound, without a copy where it came in one piece.

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary};
+use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary, calibrated};
 use crate::request::{Api, Form};
 
 /// A whole answer in OpenAI's shape.
@@ -25,7 +25,14 @@ pub struct Whole {
 
 impl Whole {
     /// Reads an answer; `None` when it is none of what was called. `model` is the name to put in place of the upstream's.
-    pub fn read(body: Bytes, api: &Api, vocabulary: Vocabulary, model: Option<&str>) -> Option<Whole> {
+    /// `calibration_micro` are the provider's tokens for one counted here, in millionths.
+    pub fn read(
+        body: Bytes,
+        api: &Api,
+        vocabulary: Vocabulary,
+        calibration_micro: i64,
+        model: Option<&str>,
+    ) -> Option<Whole> {
         let mut meter = Meter::new(vocabulary);
         let read = match Reader::new().read(&body, &mut meter) {
             // Some rank without an object around the list.
@@ -52,7 +59,7 @@ impl Whole {
             pieces,
             usage: read.usage,
             usage_invalid: read.usage_invalid,
-            output: meter.total(),
+            output: calibrated(meter.total(), calibration_micro),
             estimated: meter.is_estimated(),
             tool_calls: meter.tool_calls(),
             content,

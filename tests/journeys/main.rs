@@ -6,6 +6,7 @@
 mod cluster;
 mod commands;
 mod corpus;
+mod counting;
 mod faults;
 mod front_ends;
 mod http2;

@@ -450,7 +450,7 @@ fn the_admin_api_wants_the_token_and_shows_what_the_subcommands_show() {
     for token in ["", "wrong", KEY] {
         assert!(get("/users", token).starts_with("HTTP/1.1 401"));
     }
-    for path in ["/users", "/keys", "/accounts", "/models", "/usage", "/audit"] {
+    for path in ["/users", "/keys", "/accounts", "/models", "/usage", "/audit", "/metrics"] {
         assert!(get(path, TOKEN).starts_with("HTTP/1.1 200"), "{path}");
     }
     assert!(get("/users", TOKEN).contains(r#""user":"first""#));

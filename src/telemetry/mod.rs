@@ -1,8 +1,11 @@
-//! Logs and request ids. Nothing of a prompt, an answer or a key is ever logged.
+//! Logs, metrics and request ids. Nothing of a prompt, an answer or a key is ever logged.
+
+mod metrics;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub use metrics::{Metrics, Tokens};
 use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;

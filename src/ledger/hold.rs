@@ -116,6 +116,7 @@ struct Inner {
     unmeasured: bool,
     /// The prompt is counted although nothing needs it.
     cross_checked: bool,
+    metrics: Arc<Metrics>,
     /// What the upstream said of an answer that its client did not stay for.
     upstream_bills: Option<Usage>,
 }
@@ -281,6 +282,7 @@ impl Ledger {
             content: false,
             unmeasured: !head.api.is_measured(),
             cross_checked: head.api.is_measured() && self.counting.takes(sequence),
+            metrics: self.counting.metrics.clone(),
             upstream_bills: None,
         };
         Ok(OpenLine { ledger: self.clone(), boot, inner: Some(Box::new(inner)) })
@@ -408,7 +410,7 @@ impl OpenLine {
     /// Settles the call: END is in the kernel when this returns.
     pub fn end(mut self, ended: Ended) {
         if let Some(inner) = self.inner.take() {
-            inner.settle(&self.boot, &self.ledger.counting.metrics, ended);
+            inner.settle(&self.boot, ended);
         }
     }
 }
@@ -429,9 +431,9 @@ impl Drop for OpenLine {
             may_be_billed: inner.called,
             unmeasured: inner.unmeasured,
         };
-        let (boot, ledger) = (self.boot.clone(), self.ledger.clone());
+        let boot = self.boot.clone();
         let counts = inner.content && !inner.unmeasured && inner.prompt.counted.is_none() && inner.prompt.is_long();
-        let settling = Settling(Some((inner, boot, ledger, ended)));
+        let settling = Settling(Some((inner, boot, ended)));
         match tokio::runtime::Handle::try_current() {
             // A hand-over: a worker must not count a long prompt in a drop.
             Ok(runtime) if counts => drop(runtime.spawn_blocking(move || drop(settling))),
@@ -441,12 +443,12 @@ impl Drop for OpenLine {
 }
 
 /// A call that settles when this is dropped: also when the runtime ends and drops the task that it was handed to.
-struct Settling(Option<(Box<Inner>, Arc<Boot>, Arc<Ledger>, Ended)>);
+struct Settling(Option<(Box<Inner>, Arc<Boot>, Ended)>);
 
 impl Drop for Settling {
     fn drop(&mut self) {
-        if let Some((inner, boot, ledger, ended)) = self.0.take() {
-            inner.settle(&boot, &ledger.counting.metrics, ended);
+        if let Some((inner, boot, ended)) = self.0.take() {
+            inner.settle(&boot, ended);
         }
     }
 }
@@ -470,8 +472,8 @@ impl Inner {
         self.dearest.output_nano(slices.saturating_mul(SLICE_TOKENS))
     }
 
-    fn settle(mut self: Box<Self>, boot: &Boot, metrics: &Metrics, ended: Ended) {
-        self.fill_tokens(metrics, &ended);
+    fn settle(mut self: Box<Self>, boot: &Boot, ended: Ended) {
+        self.fill_tokens(&ended);
         let Inner { purse, line, model, held, quota, called, begun, upstream_bills, prompt, output_max, .. } =
             &mut *self;
         line.hold_nano = *held;
@@ -514,7 +516,7 @@ impl Inner {
     }
 
     /// Decides what is billed: the upstream's usage when it is there and sane, the count otherwise, nothing without content.
-    fn fill_tokens(&mut self, metrics: &Metrics, ended: &Ended) {
+    fn fill_tokens(&mut self, ended: &Ended) {
         let line = &mut self.line;
         line.estimated = ended.estimated;
         line.flagged = ended.usage_invalid;
@@ -554,7 +556,7 @@ impl Inner {
         }
         if self.cross_checked && line.billed == Billed::Usage {
             self.prompt.count_here();
-            self.compare(metrics, ended);
+            self.compare(ended);
         }
         if self.prompt.counted.is_some() {
             self.line.counted_input = Some(self.prompt.to_bill());
@@ -562,8 +564,9 @@ impl Inner {
     }
 
     /// Tells how the count made here compares with the provider's usage.
-    fn compare(&self, metrics: &Metrics, ended: &Ended) {
+    fn compare(&self, ended: &Ended) {
         let (Some(usage), Some(endpoint)) = (ended.usage, &self.line.endpoint) else { return };
+        let metrics = &self.metrics;
         metrics.counted(endpoint, telemetry::Tokens::Input, self.prompt.to_bill(), usage.input);
         metrics.counted(endpoint, telemetry::Tokens::Output, ended.output, usage.output);
     }

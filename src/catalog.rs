@@ -18,7 +18,7 @@ pub struct Offer {
 }
 
 /// A model under the name that clients use and that has the price.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Model {
     pub name: String,
     pub price: config::Price,

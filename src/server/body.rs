@@ -149,7 +149,16 @@ pub async fn read_form(
         true => check_is_over(&form).map(|()| None)?,
         false => {
             let (read, failure) = (begun.len(), failure.clone());
-            let passing = FormRest { body, form, read, bytes_exact: expected.exact(), bytes_max, deadline, failure };
+            let passing = FormRest {
+                body,
+                form,
+                read,
+                bytes_exact: expected.exact(),
+                bytes_max,
+                deadline,
+                begun: false,
+                failure,
+            };
             Some(Rest { body: Box::pin(passing), length })
         }
     };
@@ -165,6 +174,8 @@ struct FormRest {
     bytes_exact: Option<u64>,
     bytes_max: usize,
     deadline: Deadline,
+    /// Somebody has begun to send it on; the wait for an account before that is not its sender's.
+    begun: bool,
     failure: Arc<OnceLock<Error>>,
 }
 
@@ -192,6 +203,9 @@ impl Body for FormRest {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Stopped>>> {
         let this = &mut *self;
+        if !std::mem::replace(&mut this.begun, true) {
+            this.deadline = Deadline::new(this.deadline.within);
+        }
         let Poll::Ready(next) = next_data(&mut this.body, &mut this.deadline, cx) else { return Poll::Pending };
         let checked = match next {
             Some(Ok(data)) => this.check(&data).map(|()| Some(data)),

@@ -24,7 +24,7 @@ pub use frames::{Editing, Frame, Frames, Place};
 use translate::{Names, Translated, Translation};
 pub use whole::Whole;
 
-use crate::catalog::Model;
+use crate::catalog::{Model, Offer};
 use crate::config::{Retry, UpstreamBounds};
 use crate::error::Error;
 use crate::pool::{Permit, Pool};
@@ -68,10 +68,21 @@ pub fn is_keyless(dialect: &str) -> bool {
 
 /// Whether an endpoint that serves the model speaks a dialect in which `api` can be called.
 pub fn serves(model: &Model, api: &Api) -> bool {
-    model
-        .offers
-        .iter()
-        .any(|offer| adapter(&offer.endpoint.dialect).is_some_and(|found| found.forms.contains(&api.form)))
+    model.offers.iter().any(|offer| is_suited(offer, api))
+}
+
+fn is_suited(offer: &Offer, api: &Api) -> bool {
+    adapter(&offer.endpoint.dialect).is_some_and(|found| found.forms.contains(&api.form))
+}
+
+/// The model with those offers alone at which `api` can be called; nearly always the model itself.
+fn suited(model: &Arc<Model>, api: &Api) -> Arc<Model> {
+    if model.offers.iter().all(|offer| is_suited(offer, api)) {
+        return model.clone();
+    }
+    let mut suited = Model::clone(model);
+    suited.offers.retain(|offer| is_suited(offer, api));
+    Arc::new(suited)
 }
 
 fn adapter(dialect: &str) -> Option<&'static Adapter> {
@@ -202,12 +213,13 @@ impl Upstream {
     ///
     /// `called` is told of every try before it is made.
     pub async fn open(&self, ask: &Ask, mut called: impl FnMut(&Permit)) -> Result<Answer, Error> {
+        let model = suited(&ask.model, ask.head.api);
         let deadline = Instant::now() + Duration::from_secs(self.retry.budget_s);
         let waiting = self.pool.deadline(); // one for all tries: a client's own patience does not grow with them
         let mut tried = Vec::new();
         let mut last: Option<Error> = None;
         for _ in 0..self.retry.tries {
-            let permit = match self.pool.permit(&ask.model, ask.user_id, &tried, waiting).await {
+            let permit = match self.pool.permit(&model, ask.user_id, &tried, waiting).await {
                 Ok(permit) => permit,
                 // No further account: what the last one said is the better answer.
                 Err(error) => return Err(last.unwrap_or(error)),
@@ -234,10 +246,6 @@ impl Upstream {
 
     async fn try_once(&self, ask: &Ask, permit: Permit) -> Result<Answer, Failure> {
         let adapter = adapter(&permit.offer.endpoint.dialect).ok_or(Failure::last(Error::Internal))?;
-        if !adapter.forms.contains(&ask.head.api.form) {
-            let (model, path) = (ask.model.name.clone(), ask.head.api.path);
-            return Err(Failure::elsewhere(Error::ModelUnsuited { model, path }));
-        }
         let response = match &adapter.via {
             Via::Http(request) | Via::Translated(request, _) => {
                 self.send(ask, request(ask, &permit).map_err(Failure::of_request)?).await?

@@ -473,6 +473,21 @@ async fn a_model_that_cannot_be_called_at_a_path_is_refused_before_money_is_held
 }
 
 #[tokio::test]
+async fn a_model_that_two_dialects_serve_is_called_where_the_path_exists() {
+    let answer =
+        json!({ "data": [{ "embedding": [1] }], "usage": { "prompt_tokens": 5, "total_tokens": 5 } }).to_string();
+    let upstream = Upstream::start(move |_, _| whole(200, &answer)).await;
+    // The demo chats only, and is as free as the account that has embeddings.
+    let chats = "[endpoints.chats]\ndialect = \"demo\"\nmodels = [\"m\"]\n";
+    let node = setup(&upstream).with(chats).start().await;
+    for _ in 0..3 {
+        let (reply, line) = called(&node, &post_json("/v1/embeddings", json!({ "model": "m", "input": "x" }))).await;
+        assert_eq!((reply.status, line.tries, line.endpoint.as_deref()), (200, 1, Some("up")));
+    }
+    node.finish().await;
+}
+
+#[tokio::test]
 async fn front_ends_read_the_balance_from_limit_less_usage() {
     let upstream = Upstream::start(|_, _| whole(200, &upstream::completion("Hello there", 1000, 2))).await;
     let node = setup(&upstream).balance_nano(2_500_000_000).start().await;

@@ -65,7 +65,18 @@ fn run(cli: Cli) -> Result<bool, Failure> {
         let (check_line, line_cost) = (ledger::CHECK_LINE, ledger::LINE_COST);
         let (template_names, template_messages) = (template::is_name, template::checked);
         let (config, store, master, json) = (&config, &store, &master, cli.json);
-        let desk = Desk { config, store, master, check_line, line_cost, template_names, template_messages, json };
+        let refused_lines = ledger::refused_lines(&config.data_dir);
+        let desk = Desk {
+            config,
+            store,
+            master,
+            check_line,
+            line_cost,
+            refused_lines,
+            template_names,
+            template_messages,
+            json,
+        };
         desk.run(command).await
     })
 }

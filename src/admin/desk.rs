@@ -44,6 +44,8 @@ pub struct Desk<'a> {
     pub master: &'a MasterKey,
     pub check_line: LineCheck,
     pub line_cost: LineCost,
+    /// Lines that the database refused, as far as they lie on this machine.
+    pub refused_lines: usize,
     /// Whether a word can name a template.
     pub template_names: fn(&str) -> bool,
     /// A template's messages as they are stored, or why they cannot be.
@@ -321,9 +323,14 @@ impl Desk<'_> {
         let (listing, wrong) = show::audit(self.store, self.check_line).await?;
         if self.json {
             let findings: Value = wrong.iter().map(String::as_str).collect();
-            write(&json!({ "users": listing.json(), "findings": findings }).to_string())?;
+            let refused = self.refused_lines;
+            write(&json!({ "users": listing.json(), "findings": findings, "refused_lines": refused }).to_string())?;
         } else {
             write(&listing.text())?;
+            if self.refused_lines > 0 {
+                let (count, folder) = (self.refused_lines, self.config.data_dir.join("journal/refused"));
+                write(&format!("{count} lines that the database refused are charged to nobody: {}", folder.display()))?;
+            }
             for finding in &wrong {
                 write(&format!("WRONG: {finding}"))?;
             }

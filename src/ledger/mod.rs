@@ -61,6 +61,11 @@ pub struct Ledger {
     cut_off: AtomicBool,
 }
 
+/// Lines that the database refused, set aside on this machine below its data folder.
+pub fn refused_lines(data_dir: &Path) -> usize {
+    refused::count(&data_dir.join(JOURNALS))
+}
+
 /// When prompts are counted that nothing needs, and who is told what came of it.
 #[derive(Debug, Default)]
 pub struct Counting {
@@ -115,6 +120,9 @@ impl From<io::Error> for StartError {
         StartError::Journal(error)
     }
 }
+
+/// The folder of all journals, below the data folder.
+pub const JOURNALS: &str = "journal";
 
 impl Ledger {
     /// Settles what earlier boots left in `journals`, then begins a boot of its own.

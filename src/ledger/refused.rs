@@ -48,10 +48,14 @@ fn write(path: &Path, line: &Line) -> io::Result<()> {
     file.sync_all()
 }
 
+/// How many lie there, which nobody has entered yet.
+pub fn count(journals: &Path) -> usize {
+    fs::read_dir(journals.join(FOLDER)).map_or(0, Iterator::count)
+}
+
 /// Reminds the operator of what was set aside.
 pub fn tell(journals: &Path) {
-    let folder = journals.join(FOLDER);
-    let count = fs::read_dir(&folder).map_or(0, Iterator::count);
+    let (folder, count) = (journals.join(FOLDER), count(journals));
     if count > 0 {
         tracing::warn!(count, folder = %folder.display(), "lines that the database refused lie there");
     }

@@ -136,7 +136,7 @@ pub type StartError = Box<dyn std::error::Error + Send + Sync>;
 impl Server {
     /// Settles what earlier processes left, and reads what the store has.
     pub async fn start(config: Config, store: Store, master: MasterKey, doors: Doors) -> Result<Server, StartError> {
-        let journals = config.data_dir.join("journal");
+        let journals = config.data_dir.join(ledger::JOURNALS);
         let metrics = Arc::new(Metrics::default());
         let counting = Counting {
             always: config.meter.count_prompt == CountPrompt::Always,

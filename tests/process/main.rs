@@ -311,7 +311,11 @@ fn imported_prices_make_a_model_servable_that_had_none() {
 fn an_audit_notices_money_that_came_from_nowhere() {
     let folder = tempfile::tempdir().unwrap();
     Gateway::start(folder.path(), |_| {}).signal("-TERM");
-    assert!(run(folder.path(), &["audit"]).1);
+    // What the database refused is told, and no fault of the books.
+    std::fs::create_dir_all(folder.path().join("data/journal/refused")).unwrap();
+    std::fs::write(folder.path().join("data/journal/refused/ab-1.json"), "{}").unwrap();
+    let (text, good) = run(folder.path(), &["audit"]);
+    assert!(good && text.contains("1 lines that the database refused"), "{text}");
     let database = rusqlite::Connection::open(folder.path().join("data/gpt-cat.db")).unwrap();
     database.execute("UPDATE users SET balance_nano = balance_nano + 1", []).unwrap();
     let (text, good) = run(folder.path(), &["audit"]);

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use super::command::{SAVED, TEMPLATE};
 use crate::config::Commands;
-use crate::request::{Fields, Head};
+use crate::request::{Fields, Head, STARTS_MAX};
 
 /// Characters of a template's name.
 pub const NAME_CHARS_MAX: usize = 64;
@@ -33,7 +33,7 @@ pub struct Named {
     pub is_last: bool,
 }
 
-/// The messages that name a template; nearly always none, which costs two searches through the body.
+/// The messages that name a template; nearly always none, which costs a look at the beginning of each.
 pub fn named(rule: &Commands, head: &Head, body: &Bytes) -> Vec<Named> {
     if !rule.enabled || !may_name(rule, head, body) {
         return Vec::new();
@@ -94,18 +94,20 @@ pub fn is_name(name: &str) -> bool {
         && !SAVED.contains(&name)
 }
 
-/// A look that costs next to nothing: does the prefix stand anywhere, as it is or as JSON may escape a slash?
+/// A look that costs next to nothing: does a message that was read begin like a call? Of a conversation that is longer than
+/// what is kept of its messages, the whole body is searched for one, with its slash as JSON may have it.
 fn may_name(rule: &Commands, head: &Head, body: &[u8]) -> bool {
-    let escaped = rule.prefix.replace('/', "\\/");
-    let begins = |prefix: &str| TEMPLATE.iter().any(|word| contains(body, &format!("\"{prefix}{word} ")));
-    let is_last = |text: &str| name_in(rule, text).is_some();
-    begins(&rule.prefix)
-        || (escaped != rule.prefix && contains(body, &escaped) && begins(&escaped))
-        || head.last_user.as_ref().is_some_and(|text| !text.cut && is_last(&text.start))
-}
-
-fn contains(body: &[u8], needle: &str) -> bool {
-    memchr::memmem::find(body, needle.as_bytes()).is_some()
+    if head.starts.iter().any(|start| name_in(rule, start).is_some()) {
+        return true;
+    }
+    if head.prompt.messages as usize <= STARTS_MAX {
+        return false;
+    }
+    let stands = |slash: &str, word: &str| {
+        let call = format!("{}{word} ", rule.prefix.replace('/', slash));
+        memchr::memmem::find(body, call.as_bytes()).is_some()
+    };
+    ["/", "\\/", "\\u002f", "\\u002F"].iter().any(|slash| TEMPLATE.iter().any(|word| stands(slash, word)))
 }
 
 /// The name in a text that is nothing but a call of a template.
@@ -174,6 +176,13 @@ mod tests {
         }
         let system = r#"{"role":"system","content":"/t a"}"#;
         assert_eq!(found(&format!("{system},{}", user("hi"))), []);
+    }
+
+    #[test]
+    fn a_template_at_the_beginning_of_a_long_conversation_is_seen() {
+        let mut messages = vec![user("\\u002ft a")];
+        messages.extend((0..100).map(|n| user(&n.to_string())));
+        assert_eq!(found(&messages.join(",")), [("a".into(), false)]);
     }
 
     #[test]

@@ -155,9 +155,9 @@ async fn serve_socket(
     match certificate {
         None => serve(socket, door, watcher).await,
         Some(certificate) => {
-            let handshake = tokio::time::timeout(HANDSHAKE_MAX, certificate.acceptor().accept(socket)).await;
-            if let Ok(Ok(socket)) = handshake {
-                serve(socket, door, watcher).await;
+            let accepting = Box::pin(certificate.acceptor().accept(socket));
+            if let Ok(Ok(socket)) = tokio::time::timeout(HANDSHAKE_MAX, accepting).await {
+                Box::pin(serve(socket, door, watcher)).await;
             }
         }
     }
@@ -169,10 +169,11 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(socket: T, do
     let gateway = door.gateway;
     let service = service_fn(move |request| {
         let (gateway, in_hand) = (gateway.clone(), calls.enter());
-        async move {
+        // hyper keeps the place of this future for as long as the connection lives, also beside a stream: a pointer is small.
+        Box::pin(async move {
             let response = journey::answer(gateway, request).await;
             Ok::<_, Infallible>(response.map(|body| Held { body, _in_hand: in_hand }))
-        }
+        })
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     // The guard has the deadlines; hyper's own would also end an idle connection.

@@ -73,9 +73,13 @@ async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -
         Route::Ready => gateway.ready().map(|()| reply::text(hyper::StatusCode::OK, "ready\n"))?,
         Route::Models => models::list(&admit()?, &snapshot.catalog, &gateway.pool),
         Route::Model(name) => models::one(&admit()?, &snapshot.catalog, &gateway.pool, &name)?,
-        Route::Usage => usage::of_key(gateway, &snapshot, &admit()?, parts.uri.query().unwrap_or_default()).await?,
-        Route::Subscription => billing::subscription(gateway, &admit()?).await?,
-        Route::Billed => billing::usage(gateway, &admit()?).await?,
+        // Boxed: they are rare, and every request would have to keep a place for them.
+        Route::Usage => {
+            let query = parts.uri.query().unwrap_or_default();
+            Box::pin(usage::of_key(gateway, &snapshot, &admit()?, query)).await?
+        }
+        Route::Subscription => Box::pin(billing::subscription(gateway, &admit()?)).await?,
+        Route::Billed => Box::pin(billing::usage(gateway, &admit()?)).await?,
         Route::Call(api) => {
             let in_chat = snapshot.config.errors.in_chat && api.form == Form::Chat;
             let unread = |error| Refused { error, shape: in_chat.then(|| Shape::unread(&parts.headers)) };
@@ -84,7 +88,13 @@ async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -
             let received = receive::receive(gateway, &snapshot, api, parts, body).await.map_err(unread)?;
             let shape = in_chat.then(|| Shape::of(&received.head));
             let refused = |error| Refused { error, shape: shape.clone() };
-            let received = templates::expand(gateway, &snapshot, &admitted, received).await.map_err(refused)?;
+            let named = templates::named(&snapshot, &received);
+            let received = match named.is_empty() {
+                true => received,
+                false => Box::pin(templates::expand(gateway, &snapshot, &admitted, received, named))
+                    .await
+                    .map_err(refused)?,
+            };
             let called = call(gateway, &snapshot, parts, admitted, received, id).await;
             called.map_err(|error| Refused { error, shape })?
         }
@@ -102,7 +112,7 @@ async fn call(
     let Received { head, body, upload, weight } = received;
     let (api, sent) = (head.api, body.clone());
     match preprocess::decide(&world(gateway, snapshot), admitted, head, body)? {
-        Decision::Answer(command) => chat::command(gateway, snapshot, &command, &sent, request_id).await,
+        Decision::Answer(command) => Box::pin(chat::command(gateway, snapshot, &command, &sent, request_id)).await,
         Decision::Forward(call) if !upstream::serves(&call.model, api) => {
             Err(Error::ModelUnsuited { model: call.model.name.clone(), path: api.path })
         }

@@ -7,11 +7,19 @@ use super::{Gateway, Snapshot, unanswered};
 use crate::error::Error;
 use crate::preprocess::Admitted;
 use crate::preprocess::command::{Asked, Outcome};
-use crate::preprocess::template;
+use crate::preprocess::template::{self, Named};
 use crate::request::{Form, Head};
 use crate::store::{NewTemplate, Store, StoreError, TemplateRow};
 
-/// Puts stored messages in the place of those that name them; a request that names none passes as it is.
+/// The messages of a chat that name a template; nearly always none.
+pub fn named(snapshot: &Snapshot, received: &Received) -> Vec<Named> {
+    match received.head.api.form {
+        Form::Chat => template::named(&snapshot.config.commands, &received.head, &received.body),
+        _ => Vec::new(),
+    }
+}
+
+/// Puts stored messages in the place of those that name them.
 ///
 /// The head is read again, so everything behind this stage sees the conversation that is sent on: it is held for, counted
 /// and charged.
@@ -20,14 +28,8 @@ pub async fn expand(
     snapshot: &Snapshot,
     admitted: &Admitted,
     received: Received,
+    named: Vec<Named>,
 ) -> Result<Received, Error> {
-    if received.head.api.form != Form::Chat {
-        return Ok(received);
-    }
-    let named = template::named(&snapshot.config.commands, &received.head, &received.body);
-    if named.is_empty() {
-        return Ok(received);
-    }
     let names = named.iter().map(|named| named.name.clone()).collect();
     let found = gateway.store.named_templates(admitted.key().user.id, names).await.map_err(unanswered)?;
     let of = |name: &str| found.iter().find(|row| row.name == name).map(|row| row.messages.clone());

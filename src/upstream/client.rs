@@ -277,7 +277,8 @@ impl Client {
             if !matches!(pooled, Err(Broken::NoAnswer)) {
                 return pooled;
             }
-            match self.connect(request.uri().clone(), &origin).await? {
+            // Boxed: a connection is rarely made, and every request would have to keep a place for it.
+            match Box::pin(self.connect(request.uri().clone(), &origin)).await? {
                 Connected::Http1(line) => self.send_http1(line, request, &origin).await,
                 Connected::Http2(shared) => self.send_http2(shared, request, &origin, deadline).await,
             }

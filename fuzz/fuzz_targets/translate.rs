@@ -14,7 +14,7 @@ const FRAME_BYTES_MAX: usize = 1024;
 fuzz_target!(|input: &[u8]| {
     // The first byte chooses what is translated, and how the stream is cut.
     let Some((&chosen, data)) = input.split_first() else { return };
-    let names = || Names { model: "m".to_owned(), created_s: 1 };
+    let names = || Names { model: "m".to_owned(), created_s: 1, n: 1 };
     if chosen & 1 == 0 {
         let Ok(head) = Head::read(data) else { return };
         for lossy in [false, true] {

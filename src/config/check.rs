@@ -116,7 +116,7 @@ pub fn config(typed: Typed, dialects: &[&str]) -> Result<Config, Errors> {
                 answer_timeout_s: c.number("upstream.answer_timeout_s", raw.answer_timeout_s, 600, 1..=DAY_S),
                 silence_timeout_s: c.number("upstream.silence_timeout_s", raw.silence_timeout_s, 300, 1..=DAY_S),
                 total_timeout_s: c.number("upstream.total_timeout_s", raw.total_timeout_s, 3600, 1..=DAY_S),
-                answer_bytes_max: c.number("upstream.answer_bytes_max", raw.answer_bytes_max, 32 * MIB, KIB..=GIB),
+                answer_bytes_max: c.number("upstream.answer_bytes_max", raw.answer_bytes_max, 64 * MIB, KIB..=GIB),
             }
         },
         ledger: c.ledger(raw.ledger),

@@ -102,8 +102,10 @@ struct Inner {
     sliceable: bool,
     /// Tokens of output, over all choices, that the model can bill.
     output_max: u64,
-    /// Answers that begin with their prompt, which is no output of the model.
+    /// How often each prompt begins an answer, and is no output of the model there.
     echoes: u64,
+    /// Answers that are generated and billed for each that comes back.
+    unseen_answers: u64,
     /// What `max_tokens` has to be set to, because the money covers no more.
     clamp: Option<u64>,
     /// The upstream was called: it may bill.
@@ -158,10 +160,7 @@ impl Ledger {
         }
         let (user, model) = (&ask.key.user, ask.model);
         let group = user.group();
-        if let Some(per_minute) = group.requests_per_minute {
-            let admitted = user.pace.admit(per_minute, now_ms());
-            admitted.map_err(|retry_after_s| Error::TooManyRequests { retry_after_s })?;
-        }
+        user.admit(now_ms()).map_err(|retry_after_s| Error::TooManyRequests { retry_after_s })?;
         let boot = self.boot.load_full();
         let entered =
             boot.enter().ok_or(Error::NodeUnavailable { reason: "it cannot reach its books", retry_after_s: 5 })?;
@@ -172,7 +171,7 @@ impl Ledger {
         let (head, n) = (ask.head, u64::from(ask.head.generated));
         let unseen = model.bills_unseen || habit.bills_unseen.load(Ordering::Relaxed);
         let mut prompt = PromptText::new(&ask, model);
-        let echoes = if head.echo { u64::from(head.n) } else { 0 };
+        let echoes = u64::from(head.echoes);
         let each = match (head.api.form, head.max_tokens) {
             (Form::Embedding, _) => 0,
             (Form::Json | Form::Multipart, _) => model.max_output,
@@ -183,7 +182,8 @@ impl Ledger {
         let wanted = each.saturating_mul(n).saturating_add(prompt.bound.saturating_mul(echoes));
         let (shape, units) = (head.prompt, head.units());
         let dearest = |input| {
-            Dearest::of(&model.price, input, shape.images > 0, shape.opaque, group.ratio_micro).for_units(units)
+            Dearest::of(&model.price, input, shape.images > 0 || shape.opaque, shape.opaque, group.ratio_micro)
+                .for_units(units)
         };
         let cost = |input, output| dearest(input).cost_nano(input, output);
         let (mut covered, mut clamp) = (wanted, None);
@@ -273,6 +273,7 @@ impl Ledger {
             marked: 0,
             output_max: model.max_output.max(head.max_tokens.unwrap_or(0)).saturating_mul(n),
             echoes,
+            unseen_answers: n.div_ceil(u64::from(head.n.max(1))),
             sliceable: !unseen && clamp.is_none(),
             clamp,
             called: false,
@@ -531,7 +532,10 @@ impl Inner {
             return; // no content, no charge
         }
         let echoed = self.prompt.bound.saturating_mul(self.echoes);
-        match ended.usage.filter(|usage| is_sane(usage, &self.prompt, ended, self.output_max, echoed)) {
+        match ended
+            .usage
+            .filter(|usage| is_sane(usage, &self.prompt, ended, self.output_max, echoed, self.unseen_answers))
+        {
             Some(usage) => {
                 line.billed = Billed::Usage;
                 (line.input, line.cached_input, line.output) = (usage.input, usage.cached_input, usage.output);
@@ -550,7 +554,10 @@ impl Inner {
                 self.prompt.count_here();
                 line.counted_input = Some(self.prompt.to_bill());
                 let echoed = self.prompt.to_bill().saturating_mul(self.echoes);
-                (line.input, line.output) = (self.prompt.to_bill(), ended.output.saturating_sub(echoed));
+                // Of the best of several only the best is seen; the others are taken to be as long.
+                let said = ended.output.saturating_sub(echoed).saturating_mul(self.unseen_answers);
+                (line.input, line.output) = (self.prompt.to_bill(), said.min(self.output_max.saturating_mul(2)));
+                line.estimated |= self.unseen_answers > 1;
                 line.estimated |= self.prompt.counted.is_some_and(|counted| counted.estimated);
             }
         }
@@ -601,13 +608,13 @@ fn note_usage(line: &mut Line, usage: Usage) {
 }
 
 /// Design.md §4 (7): prompt within its bound, output within half and double of the count, unseen reasoning excepted.
-/// `echoed` tokens at most of what was counted are the prompt's.
-fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended, output_max: u64, echoed: u64) -> bool {
+/// `echoed` tokens at most of what was counted are the prompt's; `answers` are billed for each that was seen.
+fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended, output_max: u64, echoed: u64, answers: u64) -> bool {
     let counted = ended.output;
     let slack = SANE_SLACK_TOKENS + ended.tool_calls * TOOL_CALL_SLACK_TOKENS;
     let near = |output: u64| {
         output.saturating_add(slack) >= counted.saturating_sub(echoed) / 2
-            && output <= counted.saturating_mul(2).saturating_add(slack)
+            && output <= counted.saturating_mul(2 * answers).saturating_add(slack)
     };
     let seen = usage.output.saturating_sub(usage.reasoning);
     // A placeholder of zeros is no usage, and nobody reasons beyond what the model can say.

@@ -52,7 +52,8 @@ impl PromptText {
             },
             counted: None,
             calibration_micro,
-            opaque: shape.opaque,
+            // What nothing here can count is held for by its bytes.
+            opaque: shape.opaque || !ask.head.api.is_measured(),
         }
     }
 

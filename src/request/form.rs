@@ -29,7 +29,7 @@ pub struct Fields {
 /// Reads a form chunk by chunk.
 #[derive(Debug)]
 pub struct Form {
-    /// CRLF, two hyphens and the boundary.
+    /// LF, two hyphens and the boundary; a CR has to stand before it.
     delimiter: Finder<'static>,
     state: State,
     /// What has been read and may belong to what comes next.
@@ -79,17 +79,21 @@ impl Form {
         }
         let mut boundaries = parameters.filter_map(|parameter| {
             let (name, value) = parameter.split_once('=')?;
-            name.trim().eq_ignore_ascii_case("boundary").then(|| value.trim())
+            // `boundary*` is one as well, for those who read RFC 2231: then there are two.
+            name.trim().to_ascii_lowercase().starts_with("boundary").then_some((name.trim(), value.trim()))
         });
         let refused = || Error::body("content-type", "must have one boundary of 1 to 70 characters");
-        let (Some(boundary), None) = (boundaries.next(), boundaries.next()) else { return Err(refused()) };
+        let (Some((name, boundary)), None) = (boundaries.next(), boundaries.next()) else { return Err(refused()) };
+        if name.len() != "boundary".len() {
+            return Err(refused());
+        }
         let boundary = boundary.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).unwrap_or(boundary);
         let is_boundary = |byte: u8| byte.is_ascii_alphanumeric() || b"'()+_,-./:=? ".contains(&byte);
         if !(1..=BOUNDARY_BYTES_MAX).contains(&boundary.len()) || !boundary.bytes().all(is_boundary) {
             return Err(refused());
         }
         Ok(Some(Form {
-            delimiter: Finder::new(&format!("\r\n--{boundary}")).into_owned(),
+            delimiter: Finder::new(&format!("\n--{boundary}")).into_owned(),
             state: State::Skipping,
             kept: b"\r\n".to_vec(), // the first delimiter may stand at the very beginning
             kept_at: 0usize.wrapping_sub(2),
@@ -107,7 +111,7 @@ impl Form {
 
     /// What stands between its parts, behind two hyphens.
     pub fn boundary(&self) -> &str {
-        std::str::from_utf8(&self.delimiter.needle()["\r\n--".len()..]).unwrap_or_default()
+        std::str::from_utf8(&self.delimiter.needle()["\n--".len()..]).unwrap_or_default()
     }
 
     /// What has been read so far.
@@ -127,20 +131,21 @@ impl Form {
                 self.drop_kept(self.kept.len());
                 Ok(false)
             }
-            State::Skipping => match self.delimiter.find(&self.kept) {
+            State::Skipping => match self.delimited()? {
                 // RFC 2046 allows a text there, which nobody sends and the first part would be mistaken for.
                 Some(1..) if self.parts == 0 => Err(refused("does not begin with its boundary")),
-                None if self.parts == 0 && self.kept.len() > self.delimiter.needle().len() => {
-                    Err(refused("does not begin with its boundary"))
-                }
                 Some(at) => {
-                    self.drop_kept(at + self.delimiter.needle().len());
+                    self.drop_kept(at + self.delimiter_bytes());
                     self.state = State::Delimited;
                     Ok(true)
                 }
+                None if self.parts == 0 && self.kept.len() >= self.delimiter_bytes() => {
+                    Err(refused("does not begin with its boundary"))
+                }
+                None if self.parts == 0 => Ok(false),
                 None => {
                     // The beginning of a delimiter may stand at the end.
-                    let keep = self.delimiter.needle().len() - 1;
+                    let keep = self.delimiter_bytes() - 1;
                     self.drop_kept(self.kept.len().saturating_sub(keep));
                     Ok(false)
                 }
@@ -173,17 +178,31 @@ impl Form {
                 None if self.kept.len() <= HEADERS_BYTES_MAX + 4 => Ok(false),
                 _ => Err(refused(format!("has a part with more than {HEADERS_BYTES_MAX} bytes of headers"))),
             },
-            State::Value(name) => match self.delimiter.find(&self.kept) {
+            State::Value(name) => match self.delimited()? {
                 Some(end) => {
                     self.take(name, end)?;
-                    self.drop_kept(end + self.delimiter.needle().len());
+                    self.drop_kept(end + self.delimiter_bytes());
                     self.state = State::Delimited;
                     Ok(true)
                 }
-                None if self.kept.len() <= MODEL_BYTES_MAX + self.delimiter.needle().len() => Ok(false),
+                None if self.kept.len() <= MODEL_BYTES_MAX + self.delimiter_bytes() => Ok(false),
                 None => Err(Error::body(name.text(), format!("must have at most {MODEL_BYTES_MAX} bytes"))),
             },
         }
+    }
+
+    /// Where the next delimiter begins, with its CR. One without a CR ends a part for some parsers: it is refused.
+    fn delimited(&self) -> Result<Option<usize>, Error> {
+        match self.delimiter.find(&self.kept) {
+            None => Ok(None),
+            Some(at) if at > 0 && self.kept[at - 1] == b'\r' => Ok(Some(at - 1)),
+            Some(_) => Err(refused("has its boundary behind a bare line feed")),
+        }
+    }
+
+    /// CR, LF, two hyphens and the boundary.
+    fn delimiter_bytes(&self) -> usize {
+        self.delimiter.needle().len() + 1
     }
 
     fn take(&mut self, name: Name, end: usize) -> Result<(), Error> {
@@ -362,9 +381,22 @@ mod tests {
             part("name=\"x\"", "").repeat(257),
             format!("a preamble\r\n{model}"),
             format!("\r\n{model}"),
+            format!(
+                "{model}--xyz\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\nx\n--xyz\nContent-Disposition: form-data; name=\"model\"\n\ndear\n"
+            ),
         ] {
             assert!(read(&format!("{bad}--xyz--\r\n")).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_preamble_is_refused_however_it_is_cut_and_so_is_a_second_boundary() {
+        let model = part("name=\"model\"", "cheap");
+        let mut form = form();
+        let text = format!("a preamble\r\n{model}--xyz--");
+        assert!(text.bytes().any(|byte| form.read(&[byte]).is_err()));
+        assert!(Form::announced("multipart/form-data; boundary=a; boundary*=utf-8''b").is_err());
+        assert!(Form::announced("multipart/form-data; boundary*=utf-8''b").is_err());
     }
 
     #[test]

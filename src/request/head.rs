@@ -43,8 +43,36 @@ pub const STARTS_MAX: usize = 32;
 const OWN_TOOLS: [&str; 2] = ["function", "custom"];
 
 /// Fields that make a provider add text of its own to the prompt: OpenAI, Qwen, OpenRouter, Azure, xAI.
-const PROVIDER_TEXT: [&str; 5] =
-    ["web_search_options", "enable_search", "plugins", "data_sources", "search_parameters"];
+const PROVIDER_TEXT: [&str; 8] = [
+    "web_search_options",
+    "enable_search",
+    "plugins",
+    "data_sources",
+    "search_parameters",
+    "parameters",
+    "enable_code_interpreter",
+    "skill",
+];
+
+/// Fields that decide something. Some parsers take a name in any case for it, so one that differs in case alone is
+/// refused.
+const DECIDING: [&str; 12] = [
+    "model",
+    "stream",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "stream_options",
+    "user",
+    "prompt",
+    "input",
+    "best_of",
+    "echo",
+];
+
+/// Fields that name further models, which would be answered at the price of the one: OpenRouter, LiteLLM.
+const FURTHER_MODELS: [&str; 2] = ["models", "fallbacks"];
 
 /// Qwen-Long's way to put a stored file into a system message.
 const FILE_SCHEME: &str = "fileid://";
@@ -66,8 +94,8 @@ pub struct Head {
     pub n: u32,
     /// Answers that are generated and billed: more than come back where the best of several is asked for.
     pub generated: u32,
-    /// The prompts come back in front of their answers.
-    pub echo: bool,
+    /// How often each prompt comes back in front of an answer to it.
+    pub echoes: u32,
     /// At most [`USER_BYTES_MAX`] bytes.
     pub user: Option<String>,
     /// The last message whose role is `user`, wherever it stands; empty where it has no text.
@@ -103,7 +131,7 @@ impl Head {
             max_tokens: None,
             n,
             generated: n,
-            echo: false,
+            echoes: 0,
             user: None,
             last_user: None,
             ends_with_user: false,
@@ -134,6 +162,11 @@ impl Head {
 }
 
 impl Head {
+    /// Whether the body itself names its model, rather than leave it to the provider.
+    pub fn names_model(&self) -> bool {
+        self.spans.model.is_some()
+    }
+
     /// How often a price per call is charged: for each image that is asked for, once otherwise.
     pub fn units(&self) -> u64 {
         match self.api.form {
@@ -144,7 +177,7 @@ impl Head {
 
     /// Whether a bound of its output can be lowered.
     pub fn is_clampable(&self) -> bool {
-        self.api.is_completion() && !self.echo
+        self.api.is_completion() && self.echoes == 0
     }
 }
 
@@ -228,7 +261,7 @@ fn read_root(api: &'static Api, body: &[u8], document: Document<'_, '_>) -> Resu
         max_tokens: [max_tokens, max_completion_tokens].into_iter().flatten().min(),
         n: answers,
         generated,
-        echo: api.form == Form::Completion && read_flag(fields.echo)?,
+        echoes: if api.form == Form::Completion && read_flag(fields.echo)? { n as u32 } else { 0 },
         user: read_user(fields.user)?,
         ends_with_user: conversation.ends_with_user,
         last_user: conversation.last_user.map(text),
@@ -301,7 +334,13 @@ impl<'t, 'i> Fields<'t, 'i> {
                     prompt.opaque |= has_foreign_tool(value);
                     continue;
                 }
+                _ if FURTHER_MODELS.contains(&key) && !is_null(value) => {
+                    return Err(Error::body(key.to_owned(), "is not supported: a call is priced by one model"));
+                }
                 _ => {
+                    if DECIDING.iter().any(|name| is_like(key, name)) {
+                        return Err(Error::body(key.to_owned(), "is written in lower case"));
+                    }
                     prompt.opaque |= PROVIDER_TEXT.contains(&key) && !is_null(value) && value.as_bool() != Some(false);
                     continue;
                 }
@@ -312,6 +351,16 @@ impl<'t, 'i> Fields<'t, 'i> {
         }
         Ok(fields)
     }
+}
+
+/// Whether a name differs from another in case alone, as Unicode folds it: `ſ` and `K` (the Kelvin sign) fold to ASCII.
+fn is_like(key: &str, name: &str) -> bool {
+    let folded = |character: char| match character {
+        'ſ' => 's',
+        '\u{212a}' => 'k',
+        other => other.to_ascii_lowercase(),
+    };
+    key.len() <= 2 * name.len() + 8 && key.chars().map(folded).eq(name.chars())
 }
 
 fn has_foreign_tool(tools: Value<'_, '_>) -> bool {
@@ -781,6 +830,16 @@ mod tests {
         }
         let twice = r#""stream_options":{"include_usage":true,"include\u005fusage":false}"#;
         assert_refused(with(twice), "stream_options.include_usage", "is given twice");
+    }
+
+    #[test]
+    fn a_field_that_another_parser_takes_for_one_that_decides_is_refused() {
+        for name in ["Model", "MODEL", "N", "Max_Tokens", "me\u{17f}\u{17f}ages", "models", "fallbacks"] {
+            let refused = with(&format!(r#""{name}":["dear"]"#)).unwrap_err();
+            assert!(matches!(&refused, Error::BodyInvalid { param: Some(param), .. } if param == name), "{refused:?}");
+        }
+        assert!(with(r#""models":null,"modelx":1,"nn":2"#).is_ok());
+        assert!(with(r#""parameters":{"enable_search":true}"#).unwrap().prompt.opaque);
     }
 
     #[test]

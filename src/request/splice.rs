@@ -193,7 +193,7 @@ fn cut(head: &Head, edit: Edit<'_>, cuts: &mut Cuts) {
     let at = |place: usize| place..place;
     match edit {
         // The same name stays as the client wrote it.
-        Edit::Model(name) if name == head.model => {}
+        Edit::Model(name) if name == head.model && spans.model.is_some() => {}
         Edit::Model(name) => match &spans.model {
             Some(span) => replace(span, serde_json::Value::from(name).to_string().into()),
             None => {

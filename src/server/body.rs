@@ -156,7 +156,7 @@ pub async fn read_form(
                 bytes_exact: expected.exact(),
                 bytes_max,
                 deadline,
-                begun: false,
+                left_at: Some(Instant::now()),
                 failure,
             };
             Some(Rest { body: Box::pin(passing), length })
@@ -174,8 +174,8 @@ struct FormRest {
     bytes_exact: Option<u64>,
     bytes_max: usize,
     deadline: Deadline,
-    /// Somebody has begun to send it on; the wait for an account before that is not its sender's.
-    begun: bool,
+    /// When it was last asked for bytes and had some: what passes until it is asked again is not its sender's.
+    left_at: Option<Instant>,
     failure: Arc<OnceLock<Error>>,
 }
 
@@ -203,10 +203,12 @@ impl Body for FormRest {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Stopped>>> {
         let this = &mut *self;
-        if !std::mem::replace(&mut this.begun, true) {
-            this.deadline = Deadline::new(this.deadline.within);
+        if let Some(left_at) = this.left_at.take() {
+            let due = this.deadline.sleep.deadline() + left_at.elapsed();
+            this.deadline.sleep.as_mut().reset(due);
         }
         let Poll::Ready(next) = next_data(&mut this.body, &mut this.deadline, cx) else { return Poll::Pending };
+        this.left_at = Some(Instant::now());
         let checked = match next {
             Some(Ok(data)) => this.check(&data).map(|()| Some(data)),
             Some(Err(error)) => Err(error),

@@ -30,6 +30,8 @@ pub async fn command(
 ) -> Result<Response<Reply>, Error> {
     let config = &snapshot.config;
     let (key, user_id) = (&command.key, command.key.user.id);
+    // A command costs no money, but it asks the database.
+    key.user.admit(now_ms()).map_err(|retry_after_s| Error::TooManyRequests { retry_after_s })?;
     let mut facts = Facts {
         language: config.language,
         prefix: &config.commands.prefix,
@@ -56,7 +58,7 @@ pub async fn command(
         Needs::Templates => {
             let asked = Asked::of(&command.argument);
             facts.outcome = templates::run(&gateway.store, user_id, asked, body).await.map_err(unanswered)?;
-            facts.templates = templates::of_user(&gateway.store, user_id).await.map_err(unanswered)?;
+            facts.templates = gateway.store.listed_templates(user_id).await.map_err(unanswered)?;
         }
     }
     let text = command.answer(&facts);

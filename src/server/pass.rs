@@ -19,6 +19,15 @@ use crate::sse::Parser;
 use crate::store::EndReason;
 use crate::upstream::Other;
 
+/// Whether a stream begins with an error and nothing else.
+fn is_error(chunk: &Bytes) -> bool {
+    let (mut parser, mut at, mut meter) = (Parser::new(), 0, Meter::new(Vocabulary::O200k));
+    let first = parser.next(chunk, &mut at).filter(|event| event.dispatched);
+    first.is_some_and(|event| {
+        event.name == b"error" || Reader::new().read(event.data, &mut meter).is_some_and(|read| read.error)
+    })
+}
+
 /// A reply on its way.
 pub struct Pass {
     /// `None` once nothing more comes.
@@ -58,6 +67,9 @@ impl Pass {
 
     /// Notes what a chunk says, before it is handed over; false when nothing may be.
     fn note(&mut self, chunk: &Bytes) -> bool {
+        if !self.content && self.events.is_some() && is_error(chunk) {
+            return true; // no content, no charge
+        }
         if let Some(line) = self.line.as_mut().filter(|_| !self.content) {
             // Without a MARK a crash would charge nothing for what goes out now.
             if !line.mark(0) {
@@ -88,8 +100,9 @@ impl Pass {
         let Some(line) = self.line.take() else { return };
         line.end(Ended {
             reason,
-            status: 200,
-            usage: self.usage.filter(|_| reason == EndReason::Complete),
+            status: if reason == EndReason::ClientGone { 499 } else { 200 },
+            // Whatever ended the call, its provider has said what it bills.
+            usage: self.usage,
             usage_invalid: self.usage_invalid,
             output: 0,
             estimated: false,
@@ -124,6 +137,15 @@ impl Pass {
                 return self.fail(cx, EndReason::UpstreamError);
             }
             self.quiet.as_mut().reset(due); // chunks have come since it was set
+        }
+    }
+}
+
+impl Drop for Pass {
+    /// The client left; a usage that came before that is what the call costs.
+    fn drop(&mut self) {
+        if self.usage.is_some() {
+            self.settle(EndReason::ClientGone);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
+use hyper::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use hyper::http::request::Parts;
 
 use super::body::{self, Weight};
@@ -46,11 +46,10 @@ pub async fn receive(
     // Images: how many are asked for decides the price, and may stand behind them.
     let whole = api.model_default.is_some();
     let begun = body::read_form(&gateway.bodies, form, body, bytes_max, progress, whole).await?;
-    let content_type = parts.headers.get(CONTENT_TYPE).cloned().ok_or(Error::Internal)?;
     Ok(Received {
         head: Head::of_form(api, &begun.fields)?,
         body: begun.begun,
-        upload: Some(Upload::new(content_type, begun.boundary, begun.rest, begun.failure)),
+        upload: Some(Upload::new(begun.boundary, begun.rest, begun.failure)),
         weight: begun.weight,
     })
 }

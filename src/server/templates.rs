@@ -9,7 +9,7 @@ use crate::preprocess::Admitted;
 use crate::preprocess::command::{Asked, Outcome};
 use crate::preprocess::template::{self, Named};
 use crate::request::{Form, Head};
-use crate::store::{NewTemplate, Store, StoreError, TemplateRow};
+use crate::store::{NewTemplate, Store, StoreError};
 
 /// The messages of a chat that name a template; nearly always none.
 pub fn named(snapshot: &Snapshot, received: &Received) -> Vec<Named> {
@@ -41,21 +41,18 @@ pub async fn expand(
         return Err(Error::BodyTooLarge { bytes_max });
     }
     weight.grow_to(body.len())?;
-    Ok(Received { head: Head::read_as(head.api, &body)?, body, upload, weight })
-}
-
-/// Enabled templates, the user's own before the public ones.
-pub async fn of_user(store: &Store, user_id: i64) -> Result<Vec<TemplateRow>, StoreError> {
-    let mut templates = store.templates(Some(user_id)).await?;
-    templates.extend(store.templates(None).await?);
-    templates.retain(|template| template.enabled);
-    Ok(templates)
+    let mut head = Head::read_as(head.api, &body)?;
+    // What stands there now is the template's: no command of the user's.
+    head.ends_with_user &= !named.iter().zip(&stored).any(|(named, stored)| named.is_last && stored.is_some());
+    Ok(Received { head, body, upload, weight })
 }
 
 /// Does what stands behind the command.
 pub async fn run(store: &Store, user_id: i64, asked: Asked<'_>, body: &Bytes) -> Result<Outcome, StoreError> {
     let outcome = match asked {
         Asked::Help | Asked::List | Asked::Other(_) => Ok(Outcome::Nothing),
+        // No such name was ever stored, and not every database takes any character.
+        Asked::Show(name) | Asked::Delete(name) if !template::is_name(name) => Ok(Outcome::Nothing),
         Asked::Show(name) => {
             let found = store.named_templates(user_id, vec![name.to_owned()]).await?;
             Ok(found.into_iter().next().map_or(Outcome::Nothing, |template| Outcome::Shown(template.messages)))
@@ -70,7 +67,7 @@ pub async fn run(store: &Store, user_id: i64, asked: Asked<'_>, body: &Bytes) ->
                 let template = NewTemplate {
                     user_id: Some(user_id),
                     name: name.to_owned(),
-                    description: Some(description.to_owned()),
+                    description: Some(description.replace(char::is_control, " ")),
                     messages: Some(messages),
                     enabled: Some(true),
                 };

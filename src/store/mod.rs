@@ -258,6 +258,8 @@ transactions! {
     write desk::redeem(user_id: i64, hash: [u8; 32]) -> i64;
     /// All public templates, or all of one user's, by name.
     read templates::templates(user_id: Option<i64>) -> Vec<TemplateRow>;
+    /// The enabled templates that a user has, without their messages: the user's own, then public ones, 500 at most.
+    read templates::listed_templates(user_id: i64) -> Vec<TemplateRow>;
     /// The enabled templates of these names that a user has: a private one before a public one, those that there are.
     read templates::named_templates(user_id: i64, names: Vec<String>) -> Vec<TemplateRow>;
     /// Adds a template, or changes the one of this name; true when it was there before. `Refused` past a user's number.

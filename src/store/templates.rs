@@ -6,6 +6,9 @@ use super::{NewTemplate, StoreError, TemplateRow, now_ms};
 /// Private templates of one user.
 pub const TEMPLATES_MAX: u64 = 100;
 
+/// Templates that a user is shown.
+const LISTED_MAX: u32 = 500;
+
 const COLUMNS: &str = "name, user_id, description, messages, enabled, updated_ms";
 
 /// All public templates, or all of one user's.
@@ -15,6 +18,14 @@ pub async fn templates<T: Tx>(tx: &T, user_id: Option<i64>) -> Result<Vec<Templa
          ORDER BY name"
     );
     tx.rows(&sql, given![user_id]).await?.iter().map(row).collect()
+}
+
+/// The enabled templates that a user has, without their messages: the user's own, then public ones, some [`LISTED_MAX`].
+pub async fn listed_templates<T: Tx>(tx: &T, user_id: i64) -> Result<Vec<TemplateRow>, StoreError> {
+    let sql = "SELECT name, user_id, description, '', enabled, updated_ms FROM templates
+               WHERE (user_id = $1 OR user_id IS NULL) AND enabled
+               ORDER BY CASE WHEN user_id IS NULL THEN 1 ELSE 0 END, name LIMIT $2";
+    tx.rows(sql, given![user_id, LISTED_MAX]).await?.iter().map(row).collect()
 }
 
 /// The enabled templates of these names that a user has: a private one before a public one, those that there are.
@@ -60,10 +71,12 @@ pub async fn put_template<T: Tx>(tx: &T, template: NewTemplate) -> Result<bool, 
         }
     }
     let sql = "INSERT INTO templates (user_id, name, description, messages, enabled, updated_ms)
-               VALUES ($1, $2, $3, $4, $5, $6)";
+               VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
     let description = description.unwrap_or_default();
-    tx.execute(sql, given![user_id, &name, description, messages, enabled.unwrap_or(true), now_ms()]).await?;
-    Ok(false)
+    match tx.execute(sql, given![user_id, &name, description, messages, enabled.unwrap_or(true), now_ms()]).await? {
+        0 => Err(StoreError::Refused("somebody has saved a template of this name at the same moment".into())),
+        _ => Ok(false),
+    }
 }
 
 /// Removes a template; `Absent` when there is none of this name.

@@ -265,7 +265,11 @@ impl Client {
             // Once on a pooled connection; when it closed without a byte of answer, once on a fresh one. What cannot be
             // sent twice has no pooled one.
             let pooled = match copy(&request) {
-                None => Err(Broken::NoAnswer),
+                // An HTTP/2 connection tells whether it is there before anything is sent.
+                None => match self.take_shared(&origin) {
+                    Some(shared) => return self.send_http2(shared, request, &origin, deadline).await,
+                    None => Err(Broken::NoAnswer),
+                },
                 Some(request) => match self.take_idle(&origin) {
                     Some(line) => self.send_http1(line, request, &origin).await,
                     None => match self.take_shared(&origin) {

@@ -19,6 +19,7 @@ use crate::config::OnDisconnect;
 use crate::error::Error;
 use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary, calibrated};
 use crate::pool::Permit;
+use crate::request::ANSWERS_MAX;
 use crate::sse::Parser;
 
 /// An incomplete frame waits for its end up to this size, then passes on as it comes.
@@ -30,8 +31,8 @@ const DRAIN_MAX: Duration = Duration::from_secs(120);
 const DRAIN_BYTES_MAX: usize = 16 << 20;
 /// Bytes of a stream a token stands for, where it cannot be counted: JSON around it included, so rather too many tokens.
 const BYTES_PER_TOKEN: u64 = 4;
-/// Choices of one answer whose ends are kept apart: `n` is bounded by the same number.
-const CHOICES_MAX: usize = 128;
+/// Choices of one answer whose ends are kept apart: what may be asked for is bounded by the same number.
+const CHOICES_MAX: usize = ANSWERS_MAX as usize;
 
 thread_local! {
     /// One for all streams of a worker: a stream itself keeps no scratch.

@@ -105,15 +105,13 @@ pub struct Ask {
 impl Ask {
     /// What is the same in all chunks of a translated answer.
     fn names(&self) -> Names {
-        Names { model: self.head.model.clone(), created_s: now_ms() / 1000 }
+        Names { model: self.head.model.clone(), created_s: now_ms() / 1000, n: self.head.n }
     }
 }
 
 /// A form on its way.
 #[derive(Debug)]
 pub struct Upload {
-    /// As the client sent it, the boundary included.
-    pub content_type: HeaderValue,
     pub boundary: String,
     /// What is still arriving, until a try takes it.
     rest: Mutex<Option<Rest>>,
@@ -124,13 +122,8 @@ pub struct Upload {
 }
 
 impl Upload {
-    pub fn new(
-        content_type: HeaderValue,
-        boundary: String,
-        rest: Option<Rest>,
-        failure: Arc<OnceLock<Error>>,
-    ) -> Upload {
-        Upload { content_type, boundary, once: rest.is_some(), rest: Mutex::new(rest), failure }
+    pub fn new(boundary: String, rest: Option<Rest>, failure: Arc<OnceLock<Error>>) -> Upload {
+        Upload { boundary, once: rest.is_some(), rest: Mutex::new(rest), failure }
     }
 
     fn take_rest(&self) -> Option<Rest> {
@@ -349,6 +342,9 @@ impl Upstream {
             // An answer with an error in it stays one.
             let error = |body: &Bytes| (translation.refusal)(200, body).1.into();
             body = (translation.whole)(&ask.names(), &body).map_or_else(|| error(&body), Bytes::from);
+        }
+        if let Some(error) = ask.upload.as_ref().and_then(|upload| upload.failure.get()) {
+            return Err(Failure::last(error.clone())); // an early answer to a form that never came whole
         }
         let mapped = translation.is_none() && permit.offer.upstream_model != ask.head.model;
         let calibration_micro = permit.offer.endpoint.calibration_micro;

@@ -49,7 +49,11 @@ pub(super) fn request_to(
     headers.insert(key_header, key);
     match &ask.upload {
         // Its length follows from the body, which may still be arriving.
-        Some(upload) => headers.insert(CONTENT_TYPE, upload.content_type.clone()),
+        // Written anew: of what the client sent beside its boundary another parser might read another one.
+        Some(upload) => {
+            let kind = format!("multipart/form-data; boundary=\"{}\"", upload.boundary);
+            headers.insert(CONTENT_TYPE, HeaderValue::from_str(&kind).map_err(|_| misconfigured())?)
+        }
         None => {
             headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"))
@@ -68,14 +72,15 @@ pub(super) fn request_to(
 
 fn body(ask: &Ask, permit: &Permit) -> Pieces {
     if let Some(upload) = &ask.upload {
-        let named = match permit.offer.upstream_model == ask.head.model {
+        let named = match permit.offer.upstream_model == ask.head.model && ask.head.names_model() {
             true => ask.body.clone().into(),
             false => rename(&ask.body, &ask.head, &upload.boundary, &permit.offer.upstream_model),
         };
         return Pieces::new(named);
     }
     let mut edits: smallvec::SmallVec<[Edit<'_>; 3]> = smallvec::SmallVec::new();
-    if permit.offer.upstream_model != ask.head.model {
+    // What names none would be a model of the provider's choice, which nobody priced.
+    if permit.offer.upstream_model != ask.head.model || !ask.head.names_model() {
         edits.push(Edit::Model(&permit.offer.upstream_model));
     }
     let has_options = ask.head.api.is_completion() && permit.offer.endpoint.stream_options;

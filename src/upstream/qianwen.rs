@@ -368,6 +368,11 @@ fn error_of(status: Option<u16>, body: &[u8]) -> Option<(u16, Value)> {
     Some((status, json!({ "error": { "message": message, "type": kind, "param": null, "code": code } })))
 }
 
+fn unreadable_result() -> Value {
+    let message = "A result of the provider could not be read.";
+    json!({ "error": { "message": message, "type": "server_error", "param": null, "code": "unreadable_result" } })
+}
+
 fn refusal(status: u16, body: &[u8]) -> (u16, Vec<u8>) {
     let body = body.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(body);
     let found = error_of(Some(status), body).or_else(|| {
@@ -584,14 +589,12 @@ impl Translator for Stream {
             return;
         }
         let answer: Option<Map<String, Value>> = serde_json::from_slice(data).ok();
-        let Some(mut answer) = answer else { return };
-        if name == b"error" || !answer.contains_key("output") {
-            if let Some((_, error)) = error_of(None, data) {
-                self.failed = true;
-                write_event(out, &error);
-            }
-            return;
-        }
+        let answer = answer.filter(|answer| name != b"error" && answer.get("output").is_some_and(Value::is_object));
+        // What cannot be read may be a part of the answer: without it the rest must not look whole.
+        let Some(mut answer) = answer else {
+            self.failed = true;
+            return write_event(out, &error_of(None, data).map_or_else(unreadable_result, |(_, error)| error));
+        };
         if self.frame.is_empty() {
             self.frame = self.names.frame("chat.completion.chunk", &answer);
         }
@@ -608,7 +611,8 @@ impl Translator for Stream {
     }
 
     fn end(&mut self, out: &mut Vec<u8>) {
-        if self.failed || self.choices.is_empty() || self.choices.iter().any(|choice| !choice.finished) {
+        let asked = self.names.n as usize;
+        if self.failed || self.choices.len() < asked.max(1) || self.choices.iter().any(|choice| !choice.finished) {
             return;
         }
         if let Some(usage) = self.usage.take() {

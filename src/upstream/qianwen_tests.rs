@@ -20,7 +20,7 @@ fn with(body: &Value, model: &str, lossy: bool) -> Result<(&'static str, String)
 }
 
 fn names() -> Names {
-    Names { model: "qwen".into(), created_s: 7 }
+    Names { model: "qwen".into(), created_s: 7, n: 1 }
 }
 
 /// A stream translated, in the pieces that it is cut into.
@@ -175,6 +175,23 @@ fn a_stream_that_ends_early_has_no_end() {
         "{cut}"
     );
     assert_eq!(streamed([]), "");
+}
+
+#[test]
+fn a_stream_without_all_its_answers_or_with_a_result_that_cannot_be_read_has_no_end() {
+    let (mut parser, mut out) = (Parser::new(), Vec::new());
+    let mut two = Stream::new(Names { n: 2, ..names() });
+    translate::read(&mut parser, &mut two, EVENTS.as_bytes(), &mut out);
+    translate::finish(&mut parser, &mut two, &mut out);
+    assert!(!String::from_utf8(out).unwrap().contains("[DONE]"));
+    for bad in [
+        "data:{\"output\":{\"text\":\"\\ud83d\"}}\n\n",
+        "data:nothing\n\n",
+        "event:error\ndata:{\"message\":\"m\"}\n\n",
+    ] {
+        let made = streamed([bad.as_bytes(), EVENTS.as_bytes()]);
+        assert!(made.contains("\"error\":{") && !made.contains("[DONE]"), "{made}");
+    }
 }
 
 #[test]

@@ -28,6 +28,8 @@ pub struct Names {
     pub model: String,
     /// Seconds since 1970.
     pub created_s: i64,
+    /// Answers that were asked for.
+    pub n: u32,
 }
 
 /// Translates one stream. Its memory does not grow with the stream.

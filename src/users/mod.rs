@@ -63,6 +63,11 @@ impl User {
         self.thaws.load(Ordering::Relaxed)
     }
 
+    /// Lets a request in, or says after how many seconds the group's requests a minute allow it.
+    pub fn admit(&self, now_ms: i64) -> Result<(), u64> {
+        self.group().requests_per_minute.map_or(Ok(()), |per_minute| self.pace.admit(per_minute, now_ms))
+    }
+
     /// The user's group as it is now.
     pub fn group(&self) -> Arc<Group> {
         self.group.load_full()

@@ -117,6 +117,63 @@ async fn an_echoed_prompt_is_no_output() {
 }
 
 #[tokio::test]
+async fn several_echoed_prompts_are_each_taken_off_once() {
+    let prompts: Vec<String> = (0..10).map(|n| format!("prompt {n} of several words")).collect();
+    let choices: Vec<Value> = prompts
+        .iter()
+        .enumerate()
+        .map(|(index, prompt)| json!({ "text": format!("{prompt} and more"), "index": index, "finish_reason": "stop" }))
+        .collect();
+    let answer = text_completion(choices.into(), Value::Null);
+    let upstream = Upstream::start(move |_, _| whole(200, &answer)).await;
+    let node = setup(&upstream).start().await;
+    let asked = json!({ "model": "m", "prompt": prompts, "echo": true });
+    let (_, line) = called(&node, &post_json("/v1/completions", asked)).await;
+    assert_eq!((line.billed, line.output), (Billed::Count, 20));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn the_usage_of_the_best_of_several_is_billed_in_full() {
+    let usage = json!({ "prompt_tokens": 4, "completion_tokens": 2000, "total_tokens": 2004 });
+    let answer = text_completion(json!([{ "text": " word".repeat(100), "index": 0, "finish_reason": "stop" }]), usage);
+    let upstream = Upstream::start(move |_, _| whole(200, &answer)).await;
+    let node = setup(&upstream).start().await;
+    let asked = json!({ "model": "m", "prompt": "Once upon a time", "max_tokens": 100, "best_of": 20 });
+    let (_, line) = called(&node, &post_json("/v1/completions", asked)).await;
+    assert_eq!((line.billed, line.output, line.flagged), (Billed::Usage, 2000, false));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_counted_is_held_for_by_its_bytes_however_little_money_there_is() {
+    let upstream = Upstream::start(|_, _| whole(200, "{}")).await;
+    let node = setup(&upstream).replacing("per_call = \"0.02\"", "input = \"1.00\"\noutput = \"0.00\"");
+    let node = node.balance_nano(100 * INPUT_NANO).start().await;
+    let asked = json!({ "model": "dall-e-2", "query": "x", "documents": ["a long document ".repeat(1000)] });
+    let reply = node.send(&post_json("/v1/rerank", asked)).await.read().await;
+    assert_eq!((reply.status, upstream.seen().len()), (429, 0));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_behind_the_usage_pays_by_it() {
+    let done = "event: transcript.text.done\ndata: {\"type\":\"transcript.text.done\",\"text\":\"Hello\",\"usage\":\
+                {\"type\":\"tokens\",\"input_tokens\":14,\"output_tokens\":10,\"total_tokens\":24}}\n\n";
+    let upstream = Upstream::start(move |_, _| vec![stream_head(), chunk(done), Act::AwaitClose]).await;
+    let node = setup(&upstream).start().await;
+    let form = form(&[("model", None, b"m"), ("file", Some("a.wav"), &[0; 1000])]);
+    let mut connection = node.send(&post_to("/v1/audio/transcriptions", FORM, form)).await;
+    connection.read_until("total_tokens").await;
+    drop(connection);
+    upstream.saw_close().await;
+    let line = node.lines(1).await.pop().unwrap();
+    assert_eq!((line.end_reason, line.billed), (EndReason::ClientGone, Billed::Usage));
+    assert_eq!(line.charged_nano, 14 * INPUT_NANO + 10 * OUTPUT_NANO);
+    node.finish().await;
+}
+
+#[tokio::test]
 async fn the_best_of_several_is_held_for_all_of_them() {
     let upstream = Upstream::start(|_, _| whole(200, "{}")).await;
     // Ten answers of 100 tokens cost 0.002, one of them a tenth.
@@ -235,6 +292,21 @@ async fn a_call_without_a_model_is_priced_as_the_one_that_its_provider_takes() {
     // A model that nobody priced is never free.
     let reply = node.send(&post_json("/v1/moderations", json!({ "input": "x" }))).await.read().await;
     assert_eq!((reply.status, reply.json()["error"]["code"].clone()), (404, "model_not_found".into()));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_provider_does_not_choose_the_model_that_a_request_leaves_out() {
+    let upstream = Upstream::start(|_, _| whole(200, r#"{"data":[{"url":"https://x/y"}]}"#)).await;
+    let node = setup(&upstream).start().await;
+    let asked = json!({ "prompt": "a cat", "background": "transparent" });
+    node.send(&post_json("/v1/images/generations", asked)).await.read().await;
+    let image = ("image", Some("a.png"), &b"png"[..]);
+    node.send(&post_to("/v1/images/variations", FORM, form(&[image]))).await.read().await;
+    let seen = upstream.seen();
+    assert_eq!(seen[0].json()["model"], "dall-e-2");
+    assert!(seen[1].body == form(&[("model", None, b"dall-e-2"), image]));
+    node.lines(2).await;
     node.finish().await;
 }
 
@@ -362,7 +434,8 @@ async fn a_form_reaches_the_upstream_byte_for_byte_wherever_its_model_stands() {
         assert_eq!((reply.status, reply.json()["text"].clone()), (200, "Hello.".into()));
         let seen = upstream.seen().pop().unwrap();
         assert!(seen.body == form);
-        assert!(seen.head.to_ascii_lowercase().contains(&format!("content-type: {FORM}")), "{}", seen.head);
+        let kind = "content-type: multipart/form-data; boundary=\"----cat\"";
+        assert!(seen.head.to_ascii_lowercase().contains(kind), "{}", seen.head);
     }
     for line in node.lines(2).await {
         assert_eq!((line.charged_nano, line.flagged), (EACH_NANO, false));

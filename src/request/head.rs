@@ -338,7 +338,9 @@ impl<'t, 'i> Fields<'t, 'i> {
                     return Err(Error::body(key.to_owned(), "is not supported: a call is priced by one model"));
                 }
                 _ => {
-                    if DECIDING.iter().any(|name| is_like(key, name)) {
+                    // Of lower-case ASCII alone it is another name.
+                    let may_be = key.bytes().any(|byte| byte.is_ascii_uppercase() || !byte.is_ascii());
+                    if may_be && DECIDING.iter().any(|name| is_like(key, name)) {
                         return Err(Error::body(key.to_owned(), "is written in lower case"));
                     }
                     prompt.opaque |= PROVIDER_TEXT.contains(&key) && !is_null(value) && value.as_bool() != Some(false);

@@ -556,7 +556,7 @@ impl Inner {
                 let echoed = self.prompt.to_bill().saturating_mul(self.echoes);
                 // Of the best of several only the best is seen; the others are taken to be as long.
                 let said = ended.output.saturating_sub(echoed).saturating_mul(self.unseen_answers);
-                (line.input, line.output) = (self.prompt.to_bill(), said.min(self.output_max.saturating_mul(2)));
+                (line.input, line.output) = (self.prompt.to_bill(), said);
                 line.estimated |= self.unseen_answers > 1;
                 line.estimated |= self.prompt.counted.is_some_and(|counted| counted.estimated);
             }

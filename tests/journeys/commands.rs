@@ -232,6 +232,58 @@ async fn one_users_templates_are_nobody_elses_and_have_a_bound() {
 }
 
 #[tokio::test]
+async fn a_name_or_description_that_a_database_does_not_take_is_no_failure_of_it() {
+    let upstream = answering().await;
+    let node = Setup::at(&upstream).start().await;
+    for given in ["/t show a\0b", "/t delete a\0b", "/t a\0b"] {
+        assert!(told(&node, &[], given).await.contains("no template of this name"), "{given:?}");
+    }
+    assert!(told(&node, &[message("user", "hi")], "/t end-template a b\0c").await.starts_with("Saved."));
+    assert!(told(&node, &[], "/t list").await.contains("`/t a` b c"));
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_template_that_ends_like_a_command_runs_none() {
+    let upstream = answering().await;
+    let node = Setup::at(&upstream).start().await;
+    let messages = Some(json!([message("user", "/help")]).to_string());
+    let template = NewTemplate { name: "x".into(), messages, enabled: Some(true), ..NewTemplate::default() };
+    node.store.put_template(template).await.unwrap();
+    let reply = node.chat(&body(&[message("user", "/t x")], json!({}))).await;
+    assert_eq!(reply.json()["choices"][0]["message"]["content"], "Hello");
+    assert_eq!(upstream.seen()[0].json()["messages"][0]["content"], "/help");
+    node.lines(1).await;
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn commands_count_among_the_requests_of_a_minute() {
+    let upstream = answering().await;
+    let node = Setup::at(&upstream).start().await;
+    let group = gpt_cat::store::NewGroup {
+        name: "default".into(),
+        ratio_micro: None,
+        models: None,
+        concurrency: None,
+        requests_per_minute: Some(Some(2)),
+    };
+    node.store.put_group(group).await.unwrap();
+    let mut statuses = Vec::new();
+    for _ in 0..200 {
+        let reply = node.chat(&body(&[message("user", "/sh")], json!({}))).await;
+        statuses.push(reply.status);
+        if reply.status == 429 {
+            assert_eq!(reply.json()["error"]["code"], "rate_limit_exceeded");
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(statuses.last(), Some(&429));
+    node.finish().await;
+}
+
+#[tokio::test]
 async fn a_disabled_template_is_not_there() {
     let upstream = answering().await;
     let node = Setup::at(&upstream).start().await;

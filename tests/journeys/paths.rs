@@ -174,6 +174,20 @@ async fn a_client_that_leaves_behind_the_usage_pays_by_it() {
 }
 
 #[tokio::test]
+async fn a_stream_of_events_that_begins_with_an_error_costs_nothing() {
+    let upstream = Upstream::start(|_, _| {
+        upstream::stream("event: error\ndata: {\"type\":\"error\",\"error\":{\"message\":\"overloaded\"}}\n\n")
+    })
+    .await;
+    let node = setup(&upstream).start().await;
+    let asked = json!({ "model": "each", "prompt": "a cat", "stream": true });
+    let (reply, line) = called(&node, &post_json("/v1/images/generations", asked)).await;
+    assert!(reply.text().contains("overloaded"));
+    assert_eq!((line.billed, line.charged_nano), (Billed::Nothing, 0));
+    node.finish().await;
+}
+
+#[tokio::test]
 async fn the_best_of_several_is_held_for_all_of_them() {
     let upstream = Upstream::start(|_, _| whole(200, "{}")).await;
     // Ten answers of 100 tokens cost 0.002, one of them a tenth.

@@ -207,6 +207,7 @@ impl Ledger {
             clamp = Some(covered / n);
             let amount = cost(input, covered);
             let quota = Quota::hold(ask.key, amount)?;
+            boot.limited.note(ask.key, &quota); // its charges are read back like any other's
             held = Taken::of(&purse, amount).map(|taken| (quota, taken)).ok_or(refused);
         }
         let (quota, taken) = held?;

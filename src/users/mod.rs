@@ -83,7 +83,7 @@ pub struct Key {
     pub spending: Arc<Spending>,
     /// Allowed models; `None`: those of the user's group.
     models: Option<HashSet<String>>,
-    revoked: AtomicBool,
+    revoked: Arc<AtomicBool>,
     expires_ms: Option<i64>,
 }
 
@@ -228,12 +228,12 @@ impl Tables {
         if row.revoked_ms.is_some() {
             return;
         }
-        // What running calls hold counts against the key as it is now.
-        let spending = old.map_or_else(Arc::default, |old| old.spending.clone());
+        // Running calls have the key as it was: what they hold counts against it, and its end is theirs.
+        let (spending, revoked) = old.map_or_else(Default::default, |old| (old.spending.clone(), old.revoked.clone()));
         let spent = spent.get(&Owner::Key(row.id)).copied().unwrap_or_default();
         spending.limit(row.limits(), spent, now_ms());
         let models = row.models.map(|models| models.into_iter().collect());
-        let (revoked, expires_ms) = (AtomicBool::new(false), row.expires_ms);
+        let expires_ms = row.expires_ms;
         self.hashes.insert(row.id, row.hash);
         self.keys.insert(row.hash, Arc::new(Key { id: row.id, user, spending, models, revoked, expires_ms }));
     }
@@ -253,6 +253,22 @@ mod tests {
         for change in store.changes_since(since).await.unwrap().1 {
             users.apply(store, &change).await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn a_running_call_sees_its_key_revoked_although_the_key_was_changed_meanwhile() {
+        let (_folder, store) = store().await;
+        let key = (hash_key("sk-9"), "hint".to_owned());
+        store.add_user("bea".into(), "default".into(), 0, Some(key)).await.unwrap();
+        let users = Users::load(&store).await.unwrap();
+        let id = store.keys(None).await.unwrap().pop().unwrap().id;
+        let running = users.find("sk-9", 0).unwrap();
+        store.limit_key(id, crate::store::NewLimits { day_nano: Some(Some(5)), ..Default::default() }).await.unwrap();
+        users.apply(&store, &Change::Key(id)).await.unwrap();
+        assert!(!running.is_revoked());
+        store.revoke_key(id).await.unwrap();
+        users.apply(&store, &Change::Key(id)).await.unwrap();
+        assert!(running.is_revoked());
     }
 
     #[tokio::test]

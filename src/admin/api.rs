@@ -72,7 +72,7 @@ async fn answer(api: &Api, request: Request<Incoming>) -> Result<Response<Full<B
         "/keys" => show::keys(&api.store, None).await,
         "/accounts" => show::accounts(&api.store).await,
         "/models" => Ok(show::models(&api.config)),
-        "/usage" => show::usage(&api.store, LineFilter { limit: LINES_MAX, ..LineFilter::default() }).await,
+        "/usage" => show::usage(&api.store, LineFilter { limit: LINES_MAX, ..LineFilter::default() }, true).await,
         "/metrics" => return Ok(text(api.metrics.text())),
         "/audit" => return Ok(audit(api).await.unwrap_or_else(|error| failed(&error))),
         _ => {

@@ -16,7 +16,7 @@ use super::listing::Listing;
 use super::{NewKey, hint, show};
 use crate::config::Config;
 use crate::config::decimal::Nano;
-use crate::config::import;
+use crate::config::import::{self, Imported};
 use crate::store::{
     BootId, LineCheck, LineCost, LineFilter, MasterKey, NewAccount, NewGroup, NewLimits, NewTemplate, Store,
     StoreError, UserRow, unhex,
@@ -26,6 +26,8 @@ use crate::users::hash_key;
 /// A debit asks nodes for leased money this often, and so many times.
 const DEBIT_AGAIN: Duration = Duration::from_millis(500);
 const DEBIT_TRIES: u32 = 6;
+/// Codes of one transaction, which has a few seconds.
+const CODES_AT_ONCE: usize = 500;
 /// Who asks for it: no boot has this id.
 const OPERATOR: BootId = [0; 16];
 
@@ -214,7 +216,7 @@ impl Desk<'_> {
                 let csv = shown.csv;
                 let listing = match shown.per_day {
                     true => show::usage_per_day(store, shown.day_filter()).await?,
-                    false => show::usage(store, shown.filter()).await?,
+                    false => show::usage(store, shown.filter(), csv || self.json).await?,
                 };
                 if csv {
                     write(listing.csv()?.trim_end())?;
@@ -269,10 +271,22 @@ impl Desk<'_> {
             texts.push(key);
             rows.push((hash, hint));
         }
-        let ids = self.store.add_codes(rows, amount, expires, note).await?;
+        let mut ids = Vec::with_capacity(rows.len());
+        let mut failed = None;
+        for some in rows.chunks(CODES_AT_ONCE) {
+            match self.store.add_codes(some.to_vec(), amount, expires, note.clone()).await {
+                Ok(some) => ids.extend(some),
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
         let amount: Value = Nano(amount).to_string().into();
         let rows = ids.into_iter().zip(texts).map(|(id, code)| vec![id.into(), code.into(), amount.clone()]);
-        self.print(&Listing::list(&["id", "code", "amount"], rows.collect()))
+        // Those that were made are worth money, and shown once: whatever became of the rest.
+        let printed = self.print(&Listing::list(&["id", "code", "amount"], rows.collect()));
+        failed.map_or(printed, |error| Err(error.into()))
     }
 
     async fn add_key(&self, user: String, name: String, limits: KeyLimits) -> Result<bool, Failure> {
@@ -366,11 +380,23 @@ pub fn import_prices(list: &Path, models: &[String], to: &Path, json: bool) -> R
     written.map_err(|error| format!("{}: {error}", to.display()))?;
     let (path, count) = (to.display().to_string(), imported.models);
     write(&match json {
-        true => json!({ "file": path, "models": count, "skipped": imported.skipped }).to_string(),
-        false => format!(
-            "{path}: prices of {count} models; {} entries of the list have none by tokens or by call",
-            imported.skipped.len()
-        ),
+        true => {
+            let Imported { skipped, ignored, .. } = &imported;
+            json!({ "file": path, "models": count, "skipped": skipped, "ignored": ignored }).to_string()
+        }
+        false => {
+            let ignored = imported.ignored.iter().map(|(field, models)| format!("\n  {field} ({models})"));
+            let ignored: String = ignored.collect();
+            format!(
+                "{path}: prices of {count} models; {} entries of the list have none by tokens or by call{}",
+                imported.skipped.len(),
+                if ignored.is_empty() {
+                    ignored
+                } else {
+                    format!("\nprices that are not charged, and of how many models:{ignored}")
+                }
+            )
+        }
     })?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 /// Rows of objects with the same fields.
 #[derive(Debug)]
 pub struct Listing {
-    columns: &'static [&'static str],
+    columns: Vec<&'static str>,
     rows: Vec<Vec<Value>>,
     /// One object rather than a list.
     single: bool,
@@ -17,12 +17,17 @@ pub struct Listing {
 impl Listing {
     /// A list; each row has a value for each column.
     pub fn list(columns: &'static [&'static str], rows: Vec<Vec<Value>>) -> Listing {
+        Listing::list_of(columns.to_vec(), rows)
+    }
+
+    /// A list whose columns are known when it is made.
+    pub fn list_of(columns: Vec<&'static str>, rows: Vec<Vec<Value>>) -> Listing {
         Listing { columns, rows, single: false }
     }
 
     /// One object.
     pub fn one(columns: &'static [&'static str], row: Vec<Value>) -> Listing {
-        Listing { columns, rows: vec![row], single: true }
+        Listing { columns: columns.to_vec(), rows: vec![row], single: true }
     }
 
     /// As JSON: an array of objects, or the one object.
@@ -40,7 +45,7 @@ impl Listing {
     /// As CSV (RFC 4180), with a head; a value that is not there is empty.
     pub fn csv(&self) -> Result<String, csv::Error> {
         let mut out = csv::WriterBuilder::new().terminator(csv::Terminator::CRLF).from_writer(Vec::new());
-        out.write_record(self.columns)?;
+        out.write_record(&self.columns)?;
         for row in &self.rows {
             out.write_record(row.iter().map(|value| if value.is_null() { String::new() } else { shown(value) }))?;
         }

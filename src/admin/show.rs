@@ -6,7 +6,7 @@ use super::listing::{Listing, moment};
 use crate::config::decimal::Nano;
 use crate::config::{Config, Price, Rates};
 use crate::store::{
-    Audit, DayFilter, GroupRow, KeyRow, LineCheck, LineCost, LineFilter, Store, StoreError, UserRow, date_of, hex,
+    Audit, DayFilter, GroupRow, KeyRow, Line, LineCheck, LineCost, LineFilter, Store, StoreError, UserRow, date_of, hex,
 };
 
 fn amount(nano: i64) -> Value {
@@ -212,47 +212,57 @@ fn rates_text(rates: &Rates) -> String {
     all.collect::<Vec<_>>().join(", ")
 }
 
-/// Lines, newest first.
-pub async fn usage(store: &Store, filter: LineFilter) -> Result<Listing, StoreError> {
-    let rows = store.lines(filter).await?.into_iter().map(|(user, line)| {
-        vec![
-            moment(line.started_ms),
-            user.into(),
-            line.model.into(),
-            line.endpoint.into(),
-            line.input.into(),
-            line.cached_input.into(),
-            line.output.into(),
-            line.billed.name().into(),
-            amount(line.charged_nano),
-            amount(line.absorbed_nano),
-            line.end_reason.name().into(),
-            line.status.into(),
-            line.tries.into(),
-            line.content_after_ms.into(),
-            line.duration_ms.into(),
-            line.request_id.into(),
-        ]
-    });
-    let columns = &[
-        "started",
-        "user",
-        "model",
-        "endpoint",
-        "input_tokens",
-        "cached_input_tokens",
-        "output_tokens",
-        "billed",
-        "charged",
-        "absorbed",
-        "end_reason",
-        "status",
-        "tries",
-        "content_after_ms",
-        "duration_ms",
-        "request_id",
-    ];
-    Ok(Listing::list(columns, rows.collect()))
+/// A column of lines, and whether a table on a terminal has it: JSON and CSV have all.
+type LineColumn = (&'static str, bool, fn(&str, &Line) -> Value);
+
+static LINE_COLUMNS: [LineColumn; 39] = [
+    ("started", true, |_, line| moment(line.started_ms)),
+    ("user", true, |user, _| user.into()),
+    ("key", false, |_, line| line.key_id.into()),
+    ("model", true, |_, line| line.model.clone().into()),
+    ("model_asked", false, |_, line| line.model_asked.clone().into()),
+    ("model_upstream", false, |_, line| line.model_upstream.clone().into()),
+    ("endpoint", true, |_, line| line.endpoint.clone().into()),
+    ("account", false, |_, line| line.account_id.into()),
+    ("input_tokens", true, |_, line| line.input.into()),
+    ("cached_input_tokens", true, |_, line| line.cached_input.into()),
+    ("output_tokens", true, |_, line| line.output.into()),
+    ("billed", true, |_, line| line.billed.name().into()),
+    ("price_version", false, |_, line| line.price_version.into()),
+    ("tier", false, |_, line| line.tier.into()),
+    ("ratio", false, |_, line| Nano(line.ratio_micro.saturating_mul(1000)).to_string().into()),
+    ("calls", false, |_, line| line.units.into()),
+    ("hold", false, |_, line| amount(line.hold_nano)),
+    ("charged", true, |_, line| amount(line.charged_nano)),
+    ("absorbed", true, |_, line| amount(line.absorbed_nano)),
+    ("usage_input_tokens", false, |_, line| line.usage_input.into()),
+    ("usage_cached_input_tokens", false, |_, line| line.usage_cached.into()),
+    ("usage_audio_input_tokens", false, |_, line| line.usage_audio_input.into()),
+    ("usage_image_input_tokens", false, |_, line| line.usage_image_input.into()),
+    ("usage_output_tokens", false, |_, line| line.usage_output.into()),
+    ("usage_reasoning_tokens", false, |_, line| line.usage_reasoning.into()),
+    ("usage_audio_output_tokens", false, |_, line| line.usage_audio_output.into()),
+    ("usage_image_output_tokens", false, |_, line| line.usage_image_output.into()),
+    ("counted_input_tokens", false, |_, line| line.counted_input.into()),
+    ("counted_output_tokens", false, |_, line| line.counted_output.into()),
+    ("calibration", false, |_, line| Nano(line.calibration_micro.saturating_mul(1000)).to_string().into()),
+    ("estimated", false, |_, line| line.estimated.into()),
+    ("flagged", false, |_, line| line.flagged.into()),
+    ("end_reason", true, |_, line| line.end_reason.name().into()),
+    ("status", true, |_, line| line.status.into()),
+    ("tries", true, |_, line| line.tries.into()),
+    ("content_after_ms", true, |_, line| line.content_after_ms.into()),
+    ("duration_ms", true, |_, line| line.duration_ms.into()),
+    ("request_id", true, |_, line| line.request_id.clone().into()),
+    ("client_request_id", false, |_, line| line.client_request_id.clone().into()),
+];
+
+/// Lines, newest first; `whole`: with every column.
+pub async fn usage(store: &Store, filter: LineFilter, whole: bool) -> Result<Listing, StoreError> {
+    let columns: Vec<&LineColumn> = LINE_COLUMNS.iter().filter(|(_, brief, _)| whole || *brief).collect();
+    let lines = store.lines(filter).await?;
+    let rows = lines.iter().map(|(user, line)| columns.iter().map(|(.., value)| value(user, line)).collect());
+    Ok(Listing::list_of(columns.iter().map(|(name, ..)| *name).collect(), rows.collect()))
 }
 
 /// What days came to, newest first.

@@ -20,7 +20,7 @@ const GIB: i64 = 1024 * MIB;
 const DAY_S: i64 = 24 * 60 * 60;
 
 /// Most items of one kind (endpoints, models, patterns, proxies): tables are walked, some of them for each request.
-const ITEMS_MAX: usize = 4096;
+pub(super) const ITEMS_MAX: usize = 4096;
 
 /// Longest name of an endpoint, model or upstream model, in bytes.
 const NAME_BYTES_MAX: usize = 256;

@@ -8,8 +8,9 @@ use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
-use super::check::is_name;
+use super::check::{ITEMS_MAX, is_name};
 use super::decimal::Nano;
+use super::layers::FILE_BYTES_MAX;
 use super::{Price, Rates, TIERS_MAX, Tier};
 
 /// Largest list, in bytes: LiteLLM's has 1.5 MB.
@@ -42,6 +43,9 @@ pub struct Imported {
     pub models: usize,
     /// Entries that have no price by tokens or by call, such as prices by the second or by the image.
     pub skipped: Vec<String>,
+    /// Prices of entries that were taken which have no place in ours, such as those of writing a cache, and how many
+    /// entries have each.
+    pub ignored: BTreeMap<String, usize>,
 }
 
 /// A model of the list, as far as it can be said in ours.
@@ -50,12 +54,20 @@ struct Entry {
     price: Price,
     context: Option<u64>,
     max_output: Option<u64>,
+    ignored: Vec<String>,
+}
+
+impl Entry {
+    /// Whether it comes to the same, charged here.
+    fn agrees(&self, other: &Entry) -> bool {
+        (&self.price, self.context, self.max_output) == (&other.price, other.context, other.max_output)
+    }
 }
 
 /// Reads a list. `wanted` names what to take, `NAME` or `NAME=ENTRY` for an entry under another name; nothing: all of it.
 ///
 /// An entry `provider/model` stands for `model`, too, where no entry has that name and all that end in it agree.
-/// Fails where the list is none, or has not what is wanted.
+/// Fails where the list is none, has not what is wanted, or has more than a server reads.
 pub fn litellm(list: &str, wanted: &[String]) -> Result<Imported, String> {
     if list.len() > LIST_BYTES_MAX {
         return Err(format!("expected at most {LIST_BYTES_MAX} bytes"));
@@ -71,7 +83,7 @@ pub fn litellm(list: &str, wanted: &[String]) -> Result<Imported, String> {
         }
     }
     let mut known = entries.clone();
-    known.extend(short_names(&entries));
+    known.extend(short_names(&entries, &list));
     let taken = match wanted {
         [] => known,
         wanted => {
@@ -81,7 +93,19 @@ pub fn litellm(list: &str, wanted: &[String]) -> Result<Imported, String> {
     };
     let mut text = "# Prices in USD per million tokens, written by `gpt-cat prices import`.\n[models]\n".to_owned();
     taken.iter().for_each(|(name, entry)| write_entry(&mut text, name, entry));
-    Ok(Imported { text, models: taken.len(), skipped })
+    // What a server would refuse to start with.
+    if taken.len() > ITEMS_MAX || text.len() > FILE_BYTES_MAX {
+        return Err(format!(
+            "expected at most {ITEMS_MAX} models in {FILE_BYTES_MAX} bytes, found {} in {}: name those that you serve",
+            taken.len(),
+            text.len()
+        ));
+    }
+    let mut ignored = BTreeMap::new();
+    for field in taken.values().flat_map(|entry| &entry.ignored) {
+        *ignored.entry(field.clone()).or_insert(0) += 1;
+    }
+    Ok(Imported { text, models: taken.len(), skipped, ignored })
 }
 
 fn pick(known: &BTreeMap<String, Entry>, wanted: &str) -> Result<(String, Entry), String> {
@@ -102,15 +126,15 @@ fn pick(known: &BTreeMap<String, Entry>, wanted: &str) -> Result<(String, Entry)
     Ok((name.to_owned(), found.clone()))
 }
 
-/// `model` for every `provider/model`, where that is one price.
-fn short_names(entries: &BTreeMap<String, Entry>) -> BTreeMap<String, Entry> {
+/// `model` for every `provider/model`, where that is one price, and the list has no entry of that name.
+fn short_names(entries: &BTreeMap<String, Entry>, list: &Map<String, Value>) -> BTreeMap<String, Entry> {
     let mut short = BTreeMap::<String, Option<Entry>>::new();
     for (name, entry) in entries {
-        let Some((_, model)) = name.rsplit_once('/').filter(|(_, model)| !entries.contains_key(*model)) else {
+        let Some((_, model)) = name.rsplit_once('/').filter(|(_, model)| !list.contains_key(*model)) else {
             continue;
         };
         let agreed = short.entry(model.to_owned()).or_insert_with(|| Some(entry.clone()));
-        if agreed.as_ref() != Some(entry) {
+        if !agreed.as_ref().is_some_and(|agreed| agreed.agrees(entry)) {
             *agreed = None;
         }
     }
@@ -122,7 +146,24 @@ fn entry(fields: &Map<String, Value>) -> Option<Entry> {
         |name: &str| fields.get(name).and_then(Value::as_f64).filter(|n| (1.0..1e12).contains(n)).map(|n| n as u64);
     let context = tokens("max_input_tokens").or_else(|| tokens("max_tokens"));
     let max_output = tokens("max_output_tokens").map(|most| most.min(context.unwrap_or(most)));
-    Some(Entry { price: price(fields)?, context, max_output })
+    let price = price(fields)?;
+    let ignored =
+        fields.iter().filter(|(name, value)| is_price(value) && name.contains("cost") && !is_read(name, &price));
+    let ignored = ignored.map(|(name, _)| name.clone()).collect();
+    Some(Entry { price, context, max_output, ignored })
+}
+
+/// Whether a field is one: a number above zero, or several.
+fn is_price(value: &Value) -> bool {
+    value.as_f64().is_some_and(|units| units > 0.0) || value.is_object() || value.is_array()
+}
+
+/// Whether a price of this name is among those that `price` was made of.
+fn is_read(name: &str, price: &Price) -> bool {
+    let what = if above_of(name).is_some() { name.split_once("_above_").map_or(name, |(what, _)| what) } else { name };
+    let of_tokens = ["input_cost_per_token", "output_cost_per_token"].contains(&what)
+        || KINDS.iter().any(|(kind, _)| what == *kind);
+    if price.per_call_nano > 0 { PER_CALL.contains(&name) } else { of_tokens }
 }
 
 fn price(fields: &Map<String, Value>) -> Option<Price> {
@@ -226,7 +267,7 @@ fn nano_per_million(typed: &Value) -> Option<i64> {
 }
 
 fn write_entry(text: &mut String, name: &str, entry: &Entry) {
-    let Entry { price, context, max_output } = entry;
+    let Entry { price, context, max_output, .. } = entry;
     let mut fields = match price.per_call_nano {
         0 => rates_text(&price.rates),
         per_call => vec![format!("per_call = \"{}\"", Nano(per_call))],
@@ -356,6 +397,46 @@ mod tests {
         assert!(litellm(list, &["m".to_owned()]).unwrap_err().contains("such as a/m, b/m"));
         let picked = imported(list, &["m=b/m"]);
         assert!(picked.text.ends_with("\"m\" = { input = \"2.00\", output = \"2.00\" }\n"), "{}", picked.text);
+    }
+
+    #[test]
+    fn an_entry_without_a_price_of_ours_lends_its_name_to_no_other() {
+        let list = r#"{"m":{"input_cost_per_second":1e-6},
+            "b/m":{"input_cost_per_token":2e-6,"output_cost_per_token":2e-6}}"#;
+        let found = imported(list, &[]);
+        assert_eq!((found.models, found.skipped), (1, vec!["m".to_owned()]));
+        assert!(!found.text.contains("\"m\" ="), "{}", found.text);
+    }
+
+    #[test]
+    fn prices_that_are_not_charged_are_named_for_what_is_taken() {
+        let list = r#"{"m":{"input_cost_per_token":1e-6,"output_cost_per_token":2e-6,"cache_creation_input_token_cost":3e-6,
+            "input_cost_per_token_batches":5e-7,"output_cost_per_image":0,"input_cost_per_token_above_200k_tokens":2e-6,
+            "cache_creation_input_token_cost_above_200k_tokens":6e-6,"max_input_tokens":300000,
+            "search_context_cost_per_query":{"search_context_size_high":0.05}},
+            "n":{"input_cost_per_token":1e-6,"output_cost_per_token":2e-6,"cache_creation_input_token_cost":3e-6}}"#;
+        let names = |wanted: &[&str]| imported(list, wanted).ignored.into_iter().collect::<Vec<_>>();
+        let told = |name: &str, models| (name.to_owned(), models);
+        let of_m = [
+            told("cache_creation_input_token_cost", 2),
+            told("cache_creation_input_token_cost_above_200k_tokens", 1),
+            told("input_cost_per_token_batches", 1),
+            told("search_context_cost_per_query", 1),
+        ];
+        assert_eq!(names(&[]), of_m);
+        assert_eq!(names(&["n"]), [told("cache_creation_input_token_cost", 1)]);
+    }
+
+    #[test]
+    fn more_than_a_server_reads_is_refused_before_anything_is_written() {
+        let entries = |count: usize| {
+            let entry = |i| format!("\"m{i}\":{{\"input_cost_per_token\":1e-6,\"output_cost_per_token\":1e-6}}");
+            format!("{{{}}}", (0..count).map(entry).collect::<Vec<_>>().join(","))
+        };
+        assert_eq!(imported(&entries(ITEMS_MAX), &[]).models, ITEMS_MAX);
+        let list = entries(ITEMS_MAX + 1);
+        assert!(litellm(&list, &[]).unwrap_err().contains("name those that you serve"));
+        assert_eq!(imported(&list, &["m7"]).models, 1);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::{Files, HTTP_DEFAULT, HTTPS_DEFAULT, RETRY_TRIES_MAX};
 const BUILT_IN: &str = include_str!("default.toml");
 
 /// Largest file, in bytes: far above any that a person writes, far below what would take long to read.
-const FILE_BYTES_MAX: usize = 1024 * 1024;
+pub(super) const FILE_BYTES_MAX: usize = 1024 * 1024;
 
 /// Most levels of tables and arrays: no setting is deeper than `title_catch.patterns[0].text`, and what walks a value
 /// recurses. The parser's own limit is 80 levels of values *times* 80 of dotted keys.

@@ -18,11 +18,14 @@ use super::{Clocks, StartError, now_ms, refused};
 use crate::error::Error;
 use crate::failpoint;
 use crate::store::{BootId, LeaseRow, Store, StoreError, Want, random};
+use crate::users::Key;
 
 /// Finished lines reach the store this often, or sooner when many wait.
 const SHIP_EVERY: Duration = Duration::from_secs(1);
 /// Lines of one transaction.
 pub(super) const SHIP_LINES: usize = 500;
+/// Grants ahead of need are looked for this often: what triggers one lasts several times as long.
+const AHEAD_EVERY: Duration = Duration::from_secs(5);
 /// Users of one transaction of grants: as many as keep it well under its time.
 const GRANT_USERS: usize = 200;
 /// A node that is short of money asks others for it so long.
@@ -56,7 +59,8 @@ pub(super) struct Boot {
     pub open: AtomicU64,
     pub ended: Notify,
     shipping: Mutex<()>,
-    pub limited: Limited,
+    /// Shared by all boots of this process, as the limits are.
+    limited: Arc<Limited>,
     /// When this boot stops taking money, on the ledger's clock: its last heartbeat, read before it was sent, and the
     /// fence's time.
     fence_ms: AtomicU64,
@@ -74,6 +78,7 @@ impl Boot {
         journals: &Path,
         journal_bytes_max: u64,
         clocks: Clocks,
+        limited: Arc<Limited>,
     ) -> Result<Arc<Boot>, StartError> {
         let (id, began_ms) = (random(), now_ms());
         store.begin_boot(id).await?;
@@ -98,7 +103,7 @@ impl Boot {
             open: AtomicU64::new(0),
             ended: Notify::new(),
             shipping: Mutex::default(),
-            limited: Limited::default(),
+            limited,
             fence_ms: AtomicU64::new(began_ms + clocks.fence_ms),
             fenced: AtomicBool::new(false),
             fence_noticed: Notify::new(),
@@ -109,6 +114,7 @@ impl Boot {
     /// Ships lines, says that the boot lives, returns idle leases and looks after boots that died, until it is fenced.
     pub async fn keep(self: &Arc<Boot>) {
         let shipping = async {
+            let mut looked_ahead = Instant::now();
             let mut ticks = interval(SHIP_EVERY);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
@@ -120,7 +126,10 @@ impl Boot {
                     },
                 }
                 self.ship_logged().await;
-                self.grant_ahead().await;
+                if looked_ahead.elapsed() >= AHEAD_EVERY {
+                    self.grant_ahead().await;
+                    looked_ahead = Instant::now();
+                }
             }
         };
         let living = async {
@@ -182,6 +191,8 @@ impl Boot {
         while !self.journal.is_shipped() {
             self.ship().await?;
         }
+        // What this boot has charged against limits is in the store: nobody reads it on its behalf any more.
+        self.refresh_limits().await?;
         failpoint::at("stop.shipped");
         let settled = self.open_lines() == 0 && !self.journal.is_damaged();
         if settled {
@@ -544,16 +555,28 @@ impl Boot {
         let _one_at_a_time = self.shipping.lock().await;
         self.ship_waiting().await?;
         // Nothing more of this boot gets into the store until this is done.
-        if let Err(error) = self.limited.refresh(&self.store, self.id, self.journal.watermark()).await {
+        if let Err(error) = self.refresh_limits().await {
             tracing::warn!(%error, "what has been charged against limits could not be read");
         }
         Ok(())
     }
 
+    async fn refresh_limits(&self) -> Result<(), StoreError> {
+        self.limited.refresh(&self.store, self.id, self.journal.watermark()).await
+    }
+
+    /// Reads what has been charged against the limits of a key, where it has any that this node does not know.
+    pub async fn know_limits(&self, key: &Key) -> Result<(), Error> {
+        let known = self.limited.know(&self.store, key, self.id, &self.journal).await;
+        known.map_err(|error| {
+            tracing::warn!(%error, "what has been charged against a limit could not be read");
+            UNANSWERED
+        })
+    }
+
     async fn ship_waiting(&self) -> Result<(), StoreError> {
         loop {
-            let unreadable = |error: std::io::Error| StoreError::Database(format!("the journal: {error}"));
-            let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
+            let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES);
             if to == from {
                 return Ok(());
             }
@@ -564,7 +587,7 @@ impl Boot {
             match shipped {
                 Ok(()) => self.journal.shipped(from, to),
                 Err(StoreError::Dangling) => {
-                    let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES).map_err(unreadable)?;
+                    let Batch { from, to, lines } = self.journal.unshipped(SHIP_LINES);
                     let good = refused::set_aside(&self.store, &self.journals, self.id, lines).await?;
                     self.store.ship(self.id, from, to, good).await?;
                     self.journal.shipped(from, to);
@@ -591,8 +614,7 @@ impl Boot {
     async fn rewind(&self, watermark: u64) -> Result<(), StoreError> {
         let journal = self.journal.clone();
         let rewound = tokio::task::spawn_blocking(move || journal.rewind(watermark)).await;
-        let unread = |error: String| StoreError::Database(format!("the journal: {error}"));
-        rewound.map_err(|error| unread(error.to_string()))?.map_err(|error| unread(error.to_string()))?;
+        rewound.map_err(|error| StoreError::Database(format!("the journal: {error}")))?;
         // Grants may be gone as well, and their money leased to others: what this node has is what the rows say.
         for purse in self.all_purses() {
             let mut lease = purse.lease.lock().await;

@@ -12,7 +12,7 @@ use super::journal::{Mark, Place};
 use super::lease::{CallCount, Purse, Taken, Waiting};
 use super::money::Dearest;
 use super::prompt::PromptText;
-use super::quota::{self, Quota};
+use super::quota::{self, Quota, Reached};
 use super::{Ledger, Tokens, cost_nano};
 use crate::catalog::Model;
 use crate::config::{Endpoint, LowBalance};
@@ -188,29 +188,32 @@ impl Ledger {
         let cost = |input, output| dearest(input).cost_nano(input, output);
         let (mut covered, mut clamp) = (wanted, None);
         let mut held = hold(&boot, &purse, ask.key, cost(prompt.bound, wanted)).await?;
-        if let Err(refused) = held {
+        if let Err(short) = held {
+            if let (Short::Limit(_), Some(left)) = (&short, quota::room(ask.key)) {
+                // The money was not asked for yet: what the limits leave of it comes into the room.
+                drop(boot.cover(&purse, left.min(cost(prompt.bound, wanted))).await?);
+            }
             // The bound did not fit; the exact count may. Without even the smallest answer's money there is no need to count.
             if room(&purse, ask.key) < cost(1, OUTPUT_CLAMPED_MIN.min(wanted)) {
-                return Err(refused);
+                return Err(short.into());
             }
             prompt.count().await;
             held = hold(&boot, &purse, ask.key, cost(prompt.to_hold(), wanted)).await?;
         }
-        if let Err(refused) = held {
+        if let Err(short) = held {
             let input = prompt.to_hold();
             let each = dearest(input).output_affordable(input, room(&purse, ask.key)) / n;
             let clampable = alone && self.on_low_balance == LowBalance::Clamp && !unseen && head.is_clampable();
             if !clampable || each < OUTPUT_CLAMPED_MIN.min(wanted / n) {
-                return Err(refused);
+                return Err(short.into());
             }
             covered = each.saturating_mul(n).min(wanted);
             clamp = Some(covered / n);
             let amount = cost(input, covered);
-            let quota = Quota::hold(ask.key, amount)?;
-            boot.limited.note(ask.key, &quota); // its charges are read back like any other's
-            held = Taken::of(&purse, amount).map(|taken| (quota, taken)).ok_or(refused);
+            let quota = Quota::hold(ask.key, amount).map_err(|reached| reached.error)?;
+            held = Taken::of(&purse, amount).map(|taken| (quota, taken)).ok_or(short);
         }
-        let (quota, taken) = held?;
+        let (quota, taken) = held.map_err(Error::from)?;
 
         let sequence = boot.sequence.fetch_add(1, Ordering::Relaxed) + 1;
         let line = Line {
@@ -356,7 +359,7 @@ impl OpenLine {
     pub fn slices(&self, output: u64) -> impl Future<Output = Option<Slices>> + Send + 'static {
         let (boot, inner) = (self.boot.clone(), self.inner());
         let (purse, slices, may) = (inner.purse.clone(), inner.slices_missing(output), inner.may_slice());
-        let (key, amount) = (inner.key.clone(), inner.slices_nano(slices));
+        let (key, amount, own) = (inner.key.clone(), inner.slices_nano(slices), inner.quota.amounts());
         async move {
             if slices == 0 {
                 return Some(Slices { slices, taken: Taken::of(&purse, 0)?, quota: Quota::default() });
@@ -365,7 +368,20 @@ impl OpenLine {
                 return None;
             }
             let look = || tokio::time::sleep(FREED_LOOK);
-            let held = || async { hold(&boot, &purse, &key, amount).await.map(Result::ok) };
+            // At its limit a call waits for those that hold against the same one, and for nobody else.
+            let waits = std::sync::Mutex::new(None);
+            let wait = |hold| *waits.lock().expect("no holder of this lock panics") = hold;
+            let held = || async {
+                wait(None);
+                match hold(&boot, &purse, &key, amount).await? {
+                    Ok(held) => Ok::<_, Error>(Some(held)),
+                    Err(Short::Money) => Ok(None),
+                    Err(Short::Limit(reached)) => {
+                        wait(Some(reached.wait(own).ok_or(Error::QuotaExceeded)?));
+                        Ok(None)
+                    }
+                }
+            };
             let (quota, taken) = Waiting::new(&purse).cover(held, look).await?;
             Some(Slices { slices, taken, quota })
         }
@@ -580,20 +596,37 @@ impl Inner {
     }
 }
 
-/// Holds `amount` within the limits and from the purse; the inner error says which of them does not have it.
+/// Why an amount cannot be held.
+#[derive(Debug)]
+enum Short {
+    /// The purse does not have it, nor does the store.
+    Money,
+    Limit(Reached),
+}
+
+impl From<Short> for Error {
+    fn from(short: Short) -> Error {
+        match short {
+            Short::Money => Error::QuotaExceeded,
+            Short::Limit(reached) => reached.error,
+        }
+    }
+}
+
+/// Holds `amount` from the purse and within the limits; the inner error says which of them does not have it.
 async fn hold(
     boot: &Arc<Boot>,
     purse: &Arc<Purse>,
     key: &Key,
     amount: i64,
-) -> Result<Result<(Quota, Taken), Error>, Error> {
-    let quota = match Quota::hold(key, amount) {
-        Ok(quota) => quota,
-        Err(refused) => return Ok(Err(refused)),
-    };
-    boot.limited.note(key, &quota);
-    let taken = boot.cover(purse, amount).await?;
-    Ok(taken.map(|taken| (quota, taken)).ok_or(Error::QuotaExceeded))
+) -> Result<Result<(Quota, Taken), Short>, Error> {
+    boot.know_limits(key).await?;
+    if let Err(reached) = Quota::allows(key, amount) {
+        return Ok(Err(Short::Limit(reached)));
+    }
+    // Money first: it may take a while to come, and until then nothing of the limits is taken from others.
+    let Some(taken) = boot.cover(purse, amount).await? else { return Ok(Err(Short::Money)) };
+    Ok(Quota::hold(key, amount).map(|quota| (quota, taken)).map_err(Short::Limit))
 }
 
 /// What a call can hold now: what the limits leave of what the purse has.

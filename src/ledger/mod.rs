@@ -29,7 +29,7 @@ pub use money::{RATIO_ONE, Tokens, cost_nano};
 
 use crate::config::{self, LowBalance, Price};
 use crate::failpoint;
-use crate::store::{Billed, BootId, Line, LineCheck, LineCost, Store, StoreError, day_of};
+use crate::store::{Billed, BootId, Line, LineCheck, LineCost, Store, StoreError};
 use crate::telemetry::Metrics;
 
 /// A node that was fenced off tries this often to begin again.
@@ -49,6 +49,7 @@ pub struct Ledger {
     journals: PathBuf,
     journal_bytes_max: u64,
     clocks: Clocks,
+    limited: Arc<quota::Limited>,
     boot: ArcSwap<Boot>,
     /// Boots that were fenced off and have calls or lines left.
     retired: Mutex<Vec<Arc<Boot>>>,
@@ -143,12 +144,14 @@ impl Ledger {
             fence_ms: bounds.fence_s * 1000,
             forfeit_ms: bounds.forfeit_s * 1000,
         };
-        let boot = Boot::begin(&store, journals, bounds.journal_bytes_max, clocks).await?;
+        let limited = Arc::<quota::Limited>::default();
+        let boot = Boot::begin(&store, journals, bounds.journal_bytes_max, clocks, limited.clone()).await?;
         Ok(Arc::new(Ledger {
             store,
             journals: journals.to_owned(),
             journal_bytes_max: bounds.journal_bytes_max,
             clocks,
+            limited,
             boot: ArcSwap::new(boot),
             retired: Mutex::default(),
             habits: RwLock::default(),
@@ -170,7 +173,8 @@ impl Ledger {
             }
             tracing::error!("this node was fenced off from the store; it begins again");
             loop {
-                match Boot::begin(&self.store, &self.journals, self.journal_bytes_max, self.clocks).await {
+                let (journal_bytes_max, limited) = (self.journal_bytes_max, self.limited.clone());
+                match Boot::begin(&self.store, &self.journals, journal_bytes_max, self.clocks, limited).await {
                     Ok(next) => {
                         self.boot.store(next.clone());
                         if self.stopped.load(Ordering::Acquire) {
@@ -241,10 +245,8 @@ impl Ledger {
     /// What a user has: balance, what other boots hold, and what is unspent here.
     pub async fn balance_nano(&self, user_id: i64) -> Result<i64, StoreError> {
         let boot = self.boot.load_full();
-        let user = self.store.users(Some(user_id)).await?.pop().ok_or_else(|| StoreError::Absent("user".into()))?;
-        let own = self.store.lease(boot.id, user_id).await?;
-        let unspent = boot.known_purse(user_id).map_or(0, |purse| purse.unspent());
-        Ok(own.balance_nano + user.leased_nano - own.amount_nano + unspent)
+        let elsewhere = self.store.unspent_elsewhere(boot.id, user_id).await?;
+        Ok(elsewhere + boot.known_purse(user_id).map_or(0, |purse| purse.unspent()))
     }
 
     /// A balance changed in the store: ask it again at the next need.
@@ -323,8 +325,7 @@ pub async fn prune(store: Store, kept_days: u32) {
     hours.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         hours.tick().await;
-        let before = day_of(crate::store::now_ms()) - i64::from(kept_days);
-        match prune_before(&store, before).await {
+        match prune_all(&store, kept_days).await {
             Ok(0) => {}
             Ok(lines) => tracing::info!(lines, "lines were forgotten; what their days came to stays"),
             Err(error) => tracing::warn!(%error, "lines could not be forgotten; it is tried again"),
@@ -333,10 +334,10 @@ pub async fn prune(store: Store, kept_days: u32) {
 }
 
 /// Forgets lines a few at a time, so that nobody waits long for the database.
-async fn prune_before(store: &Store, day: i64) -> Result<u64, StoreError> {
+async fn prune_all(store: &Store, kept_days: u32) -> Result<u64, StoreError> {
     let mut forgotten = 0;
     loop {
-        match store.prune_lines(day, PRUNE_LINES).await? {
+        match store.prune_lines(kept_days, PRUNE_LINES).await? {
             0 => return Ok(forgotten),
             lines => forgotten += lines,
         }

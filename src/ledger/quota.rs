@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use super::journal::Journal;
 use crate::error::Error;
 use crate::store::{BootId, Owner, Store, StoreError, now_ms};
 use crate::users::{Key, Period, Spending};
@@ -29,19 +30,70 @@ impl Drop for Held {
     }
 }
 
+/// A limit that does not allow an amount.
+#[derive(Debug)]
+pub(super) struct Reached {
+    /// What a client is told.
+    pub error: Error,
+    /// Its place in a [`Quota`].
+    place: usize,
+    spending: Arc<Spending>,
+}
+
+/// A call that waits for others that hold against the same limit; dropped, it waits no longer.
+#[derive(Debug)]
+pub(super) struct WaitingHold {
+    spending: Arc<Spending>,
+    own: i64,
+}
+
+impl Reached {
+    /// Begins to wait, for a call that holds `own` already; `None` when nobody is left who could give anything up.
+    pub fn wait(self, own: [i64; 2]) -> Option<WaitingHold> {
+        let own = own[self.place];
+        self.spending.wait(own).then_some(WaitingHold { spending: self.spending, own })
+    }
+}
+
+impl Drop for WaitingHold {
+    fn drop(&mut self) {
+        self.spending.stop_waiting(self.own);
+    }
+}
+
+/// What a key is held against: its own limits, then its user's.
+fn spendings(key: &Key) -> [&Arc<Spending>; 2] {
+    [&key.spending, &key.user.spending]
+}
+
 impl Quota {
+    /// Whether the limits leave `amount` as of now.
+    pub fn allows(key: &Key, amount: i64) -> Result<(), Reached> {
+        let now = now_ms();
+        for (place, spending) in spendings(key).into_iter().enumerate() {
+            if let Some((_, period)) = spending.room(now).filter(|(room, _)| amount > *room) {
+                return Err(reached(place, spending, period));
+            }
+        }
+        Ok(())
+    }
+
     /// Holds `amount`; fails with what a client is told where a limit does not allow it.
-    pub fn hold(key: &Key, amount: i64) -> Result<Quota, Error> {
+    pub fn hold(key: &Key, amount: i64) -> Result<Quota, Reached> {
         let (now, mut quota) = (now_ms(), Quota::default());
-        let owners = [(&key.spending, &OF_KEY), (&key.user.spending, &OF_USER)];
-        for (place, (spending, names)) in quota.of.iter_mut().zip(owners) {
+        for (place, spending) in spendings(key).into_iter().enumerate() {
             if spending.is_limited() {
                 // What the key holds by then goes back.
-                spending.hold(amount, now).map_err(|period| reached(names, period))?;
-                *place = Some(Held { spending: spending.clone(), amount });
+                spending.hold(amount, now).map_err(|period| reached(place, spending, period))?;
+                quota.of[place] = Some(Held { spending: spending.clone(), amount });
             }
         }
         Ok(quota)
+    }
+
+    /// What is held, in the order of its places.
+    pub fn amounts(&self) -> [i64; 2] {
+        [0, 1].map(|place| self.of[place].as_ref().map_or(0, |held: &Held| held.amount))
     }
 
     /// Takes a further hold of the same call in, which may be against a limit that was not there before.
@@ -81,75 +133,103 @@ impl Quota {
     }
 }
 
-/// Keys and users with limits that have called: what has been charged to them is read again with each shipment.
+/// Keys and users with limits that this node holds against. Their figures are read before the first hold, and again with
+/// each shipment while anything is held or on its way to the store; then they are forgotten until the next call.
 #[derive(Debug, Default)]
-pub(super) struct Limited(Mutex<HashMap<Owner, Arc<Spending>>>);
+pub(super) struct Limited {
+    known: Mutex<HashMap<Owner, Arc<Spending>>>,
+    /// One reads at a time, so that no older figure takes the place of a newer one.
+    reading: tokio::sync::Mutex<()>,
+}
 
 impl Limited {
-    /// Remembers whoever `quota` is held against.
-    pub fn note(&self, key: &Key, quota: &Quota) {
-        for (held, owner) in quota.of.iter().zip([Owner::Key(key.id), Owner::User(key.user.id)]) {
-            if let Some(held) = held {
-                self.lock().entry(owner).or_insert_with(|| held.spending.clone());
-            }
+    /// Reads what has been charged to a key and its user, where they have limits and it is not known. Fails only where it
+    /// never was: a database that is away stops nobody whose figures are there.
+    pub async fn know(&self, store: &Store, key: &Key, boot: BootId, journal: &Journal) -> Result<(), StoreError> {
+        if self.unknown(key).is_empty() {
+            return Ok(());
         }
+        let _one_at_a_time = self.reading.lock().await;
+        let unknown = self.unknown(key);
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        // What is stored meanwhile may be counted twice until the next shipment, and never not at all.
+        let (ordinal, now) = (journal.watermark(), now_ms());
+        match store.spent(unknown.iter().map(|(owner, _)| *owner).collect(), now).await {
+            Ok(spent) => {
+                for (owner, spending) in &unknown {
+                    spending.shipped(spent.get(owner).copied().unwrap_or_default(), boot, ordinal, now);
+                }
+            }
+            Err(_) if unknown.iter().all(|(_, spending)| spending.is_read()) => {}
+            Err(error) => return Err(error),
+        }
+        self.known().extend(unknown);
+        Ok(())
+    }
+
+    /// Limits of a key whose figures have to be read.
+    fn unknown(&self, key: &Key) -> Vec<(Owner, Arc<Spending>)> {
+        let owners = [Owner::Key(key.id), Owner::User(key.user.id)].into_iter().zip(spendings(key));
+        let limited = owners.filter(|(_, spending)| spending.is_limited());
+        let is_unknown = |(owner, _): &(Owner, &Arc<Spending>)| !self.known().contains_key(owner);
+        limited.filter(is_unknown).map(|(owner, spending)| (owner, spending.clone())).collect()
     }
 
     /// Reads what has been charged, of which END `ordinal` of `boot` is the last one from here. The caller sees to it that
-    /// nothing is shipped meanwhile.
+    /// nothing of that boot is shipped meanwhile.
     pub async fn refresh(&self, store: &Store, boot: BootId, ordinal: u64) -> Result<(), StoreError> {
-        // A key that is gone, or has no limit any more, is forgotten.
-        self.lock().retain(|_, spending| spending.is_limited() && Arc::strong_count(spending) > 1);
-        let owners: Vec<Owner> = self.lock().keys().copied().collect();
-        if owners.is_empty() {
+        let _one_at_a_time = self.reading.lock().await;
+        self.known().retain(|_, spending| spending.is_in_use());
+        let known: Vec<(Owner, Arc<Spending>)> = self.known().iter().map(|(owner, of)| (*owner, of.clone())).collect();
+        if known.is_empty() {
             return Ok(());
         }
         let now = now_ms();
-        let spent = store.spent(owners, now).await?;
-        for (owner, spending) in self.lock().iter() {
-            if let Some(spent) = spent.get(owner) {
-                spending.shipped(*spent, boot, ordinal, now);
-            }
+        let spent = store.spent(known.iter().map(|(owner, _)| *owner).collect(), now).await?;
+        for (owner, spending) in known {
+            spending.shipped(spent.get(&owner).copied().unwrap_or_default(), boot, ordinal, now);
         }
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Owner, Arc<Spending>>> {
-        self.0.lock().expect("no holder of this lock panics")
+    fn known(&self) -> MutexGuard<'_, HashMap<Owner, Arc<Spending>>> {
+        self.known.lock().expect("no holder of this lock panics")
     }
 }
 
 /// What the limits of a key and its user leave, in nano-units; `None`: no limit.
 pub(super) fn room(key: &Key) -> Option<i64> {
     let now = now_ms();
-    let rooms = [&key.spending, &key.user.spending].map(|spending| spending.room(now).map(|(room, _)| room));
+    let rooms = spendings(key).map(|spending| spending.room(now).map(|(room, _)| room));
     rooms.into_iter().flatten().min()
 }
 
 /// The limits of a key, and of a user, as a client is told of them: in all, of the day, of the month.
-static OF_KEY: [&str; 3] =
-    ["This key's limit", "This key's limit of the day (UTC)", "This key's limit of the month (UTC)"];
-static OF_USER: [&str; 3] =
-    ["This user's limit", "This user's allowance of the day (UTC)", "This user's allowance of the month (UTC)"];
+static NAMES: [[&str; 3]; 2] = [
+    ["This key's limit", "This key's limit of the day (UTC)", "This key's limit of the month (UTC)"],
+    ["This user's limit", "This user's allowance of the day (UTC)", "This user's allowance of the month (UTC)"],
+];
 
-fn reached([total, day, month]: &[&'static str; 3], period: Period) -> Error {
+fn reached(place: usize, spending: &Arc<Spending>, period: Period) -> Reached {
+    let [total, day, month] = NAMES[place];
     let which = match period {
         Period::Total => total,
         Period::Day => day,
         Period::Month => month,
     };
-    Error::LimitReached { which }
+    Reached { error: Error::LimitReached { which }, place, spending: spending.clone() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Spent;
     use crate::users::Limits;
 
     fn limited(total: i64) -> Arc<Spending> {
         let spending = Arc::new(Spending::default());
-        spending.limit(Limits { total: Some(total), ..Limits::default() }, Spent::default(), now_ms());
+        spending.limit(Limits { total: Some(total), ..Limits::default() });
         spending
     }
 

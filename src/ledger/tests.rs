@@ -11,8 +11,8 @@ use crate::config::{Config, DatabaseUrl, Secret};
 use crate::error::Error;
 use crate::meter::Vocabulary;
 use crate::request::Head;
-use crate::store::tests::cluster;
-use crate::store::{EndReason, LineFilter, Notice};
+use crate::store::tests::{Fixture, cluster, each_store};
+use crate::store::{Change, EndReason, LineFilter, NewLimits, Notice};
 use crate::users::{Users, hash_key};
 
 /// What one output token costs; input is free, so that a hold is what its `max_tokens` cost.
@@ -107,6 +107,11 @@ impl Node {
     }
 
     pub async fn open_as(&self, request_id: &str, max_tokens: u64) -> Result<OpenLine, Error> {
+        self.open_with(KEY, request_id, max_tokens).await
+    }
+
+    /// Opens with one of several keys.
+    async fn open_with(&self, key: &str, request_id: &str, max_tokens: u64) -> Result<OpenLine, Error> {
         let body = format!(r#"{{"model":"m","max_tokens":{max_tokens},"messages":[{{"role":"user","content":"x"}}]}}"#);
         let body = Bytes::from(body);
         let head = Head::read(&body).unwrap();
@@ -122,7 +127,7 @@ impl Node {
             vocabulary: Vocabulary::O200k,
             offers: Vec::new(),
         });
-        let key = self.users.find(KEY, 0).unwrap();
+        let key = self.users.find(key, 0).unwrap();
         let ask = Ask {
             key: &key,
             model: &model,
@@ -405,4 +410,248 @@ async fn an_operator_releases_a_boot_that_is_silent_and_no_other() {
     assert_eq!(node.balance_nano().await, 100 * TOKEN_NANO);
     assert!(node.store.release_boot(lease.boot, 0).await.is_err(), "once");
     node.assert_books().await;
+}
+
+/// Another key of the same user.
+const OTHER: &str = "sk-ann-2";
+
+/// A user with two keys, of which the first one has limits.
+async fn with_limits(store: &Store, limits: NewLimits) -> i64 {
+    let key = (hash_key(KEY), "ann".to_owned());
+    store.add_user("ann".into(), "default".into(), 10_000 * TOKEN_NANO, Some(key)).await.unwrap();
+    let id = store.keys(None).await.unwrap()[0].id;
+    store.limit_key(id, limits).await.unwrap();
+    let other = (hash_key(OTHER), "hint".to_owned(), "other".to_owned());
+    store.add_key("ann".into(), other.0, other.1, other.2, NewLimits::default()).await.unwrap();
+    id
+}
+
+fn total(tokens: i64) -> NewLimits {
+    NewLimits { limit_nano: Some(Some(tokens * TOKEN_NANO)), ..NewLimits::default() }
+}
+
+impl Node {
+    async fn call(&self, tokens: u64) {
+        self.open(tokens).await.unwrap().end(answered(tokens));
+    }
+
+    async fn assert_reached(&self, tokens: u64) {
+        let refused = self.open(tokens).await.unwrap_err();
+        assert!(matches!(refused, Error::LimitReached { .. }), "{refused:?}");
+    }
+
+    /// What a node does in two seconds in which nobody calls.
+    async fn pass_seconds(&self) {
+        self.boot().ship().await.unwrap();
+        self.boot().ship().await.unwrap();
+    }
+
+    fn is_in_use(&self) -> bool {
+        self.users.find(KEY, 0).unwrap().spending.is_in_use()
+    }
+}
+
+#[tokio::test]
+async fn what_other_nodes_charged_to_a_limited_key_is_known_before_its_first_call_here() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(100)).await;
+        let (one, two) = (Node::quiet(store).await, Node::quiet(store).await);
+        one.call(80).await;
+        one.pass_seconds().await;
+        two.assert_reached(21).await;
+        two.call(15).await;
+        two.pass_seconds().await;
+        one.assert_reached(6).await;
+        one.open(5).await.unwrap().end(answered(5));
+        for node in [one, two] {
+            node.pass_seconds().await;
+            node.assert_reached(1).await;
+            assert!(!node.is_in_use(), "nothing of it waits for the store");
+        }
+    }
+}
+
+#[tokio::test]
+async fn limits_of_days_and_months_begin_anew_with_what_the_store_has_of_the_new_one() {
+    for Fixture { store, .. } in &each_store().await {
+        let limits = NewLimits {
+            day_nano: Some(Some(100 * TOKEN_NANO)),
+            month_nano: Some(Some(150 * TOKEN_NANO)),
+            ..NewLimits::default()
+        };
+        with_limits(store, limits).await;
+        let node = Node::quiet(store).await;
+        for _ in 0..2 {
+            node.call(100).await;
+            node.assert_reached(1).await;
+            node.pass_seconds().await;
+            node.assert_reached(1).await;
+            // 40 days pass, which end any month.
+            store.raw("UPDATE days SET day = day - 40".into()).await;
+            store.raw("UPDATE lines SET started_ms = started_ms - 40 * CAST(86400000 AS BIGINT)".into()).await;
+            node.pass_seconds().await;
+        }
+        node.call(100).await;
+        node.pass_seconds().await;
+        node.assert_books().await;
+    }
+}
+
+#[tokio::test]
+async fn a_limit_counts_what_a_crash_charged() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(100)).await;
+        let mut node = Node::quiet(store).await;
+        let mut line = node.open(90).await.unwrap();
+        assert!(line.mark(60));
+        std::mem::forget(line);
+        node.crash_and_start().await;
+        node.users = Users::load(store).await.unwrap();
+        node.assert_reached(41).await;
+        node.call(40).await;
+    }
+}
+
+#[tokio::test]
+async fn a_boot_that_was_fenced_off_leaves_nothing_pending_against_a_limit() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(100)).await;
+        let node = Node::quiet(store).await;
+        let line = node.open(60).await.unwrap();
+        let boot = node.boot();
+        boot.fence();
+        line.end(answered(60));
+        assert!(node.is_in_use());
+        boot.retire(Duration::from_secs(1)).await.unwrap();
+        assert!(!node.is_in_use());
+    }
+}
+
+#[tokio::test]
+async fn a_stream_at_the_limit_of_its_key_ends_although_another_key_of_the_user_is_busy() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(300)).await;
+        let node = Node::quiet(store).await;
+        let busy = node.open_with(OTHER, "busy", 50).await.unwrap();
+        let mut stream = node.open(40).await.unwrap();
+        assert!(stream.mark(40));
+        let slices = tokio::time::timeout(Duration::from_secs(5), stream.slices(300)).await;
+        assert!(slices.expect("it waits for nobody").is_none());
+        // With another call that holds against the same limit, it waits until that one gives up.
+        let other = node.open(50).await.unwrap();
+        let asking = tokio::spawn(stream.slices(200));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!asking.is_finished(), "256 and 50 and 40 are more than 300");
+        other.end(answered(4));
+        let slices = tokio::time::timeout(Duration::from_secs(5), asking).await.unwrap().unwrap();
+        assert!(slices.is_some() == (256 + 40 + 4 <= 300));
+        drop((slices, busy));
+    }
+}
+
+#[tokio::test]
+async fn of_two_streams_at_the_limit_of_their_key_one_ends() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(300)).await;
+        let node = Node::quiet(store).await;
+        let busy = node.open_with(OTHER, "busy", 50).await.unwrap();
+        let (one, two) = (node.open(40).await.unwrap(), node.open(40).await.unwrap());
+        let ask = |line: OpenLine| {
+            tokio::spawn(async move {
+                let slices = line.slices(41).await;
+                if slices.is_none() {
+                    line.end(answered(0)); // it ends with what it has
+                    return false;
+                }
+                true
+            })
+        };
+        let both = [ask(one), ask(two)];
+        let mut went_on = 0;
+        for asking in both {
+            let asking = tokio::time::timeout(Duration::from_secs(5), asking).await;
+            went_on += usize::from(asking.expect("they do not wait for each other").unwrap());
+        }
+        assert_eq!(went_on, 1);
+        drop(busy);
+    }
+}
+
+#[tokio::test]
+async fn a_limit_that_is_set_while_calls_run_counts_them_as_they_end() {
+    for Fixture { store, .. } in &each_store().await {
+        let id = with_limits(store, NewLimits::default()).await;
+        let node = Node::quiet(store).await;
+        let running = node.open(50).await.unwrap();
+        node.call(30).await;
+        store.limit_key(id, total(100)).await.unwrap();
+        node.users.apply(store, &Change::Key(id)).await.unwrap();
+        running.end(answered(50));
+        node.boot().ship().await.unwrap();
+        node.assert_reached(21).await;
+        node.call(20).await;
+    }
+}
+
+#[tokio::test]
+async fn several_keys_at_their_limits_at_once_each_keep_their_own() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(100)).await;
+        let other = store.keys(None).await.unwrap().into_iter().find(|key| key.name == "other").unwrap().id;
+        store.limit_key(other, total(60)).await.unwrap();
+        let day = NewLimits { day_nano: Some(Some(140 * TOKEN_NANO)), ..NewLimits::default() };
+        store.limit_user("ann".into(), day).await.unwrap();
+        let node = Arc::new(Node::quiet(store).await);
+        let calls = (0..40).map(|number| {
+            let node = node.clone();
+            tokio::spawn(async move {
+                let key = if number % 2 == 0 { KEY } else { OTHER };
+                let Ok(line) = node.open_with(key, "r", 10).await else { return (key, 0) };
+                tokio::task::yield_now().await;
+                line.end(answered(10));
+                (key, 1)
+            })
+        });
+        let mut done = HashMap::from([(KEY, 0), (OTHER, 0)]);
+        for call in calls.collect::<Vec<_>>() {
+            let (key, ended) = call.await.unwrap();
+            *done.get_mut(key).unwrap() += ended;
+        }
+        assert!(done[KEY] <= 10 && done[OTHER] <= 6, "{done:?}");
+        assert_eq!(done[KEY] + done[OTHER], 14, "all that the user's allowance leaves: {done:?}");
+        node.boot().ship().await.unwrap();
+        node.assert_books().await;
+    }
+}
+
+#[tokio::test]
+async fn a_line_that_was_changed_does_not_recompute() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, NewLimits::default()).await;
+        let node = Node::quiet(store).await;
+        node.call(30).await;
+        node.boot().ship().await.unwrap();
+        node.assert_books().await;
+        for change in [
+            "charged_nano = charged_nano + 1",
+            "charged_nano = charged_nano - 2",
+            "output = output + 1",
+            "tier = 1",
+            "billed = 'nothing'",
+            "ratio_micro = 500000",
+        ] {
+            let before = node.lines().await;
+            store.raw(format!("UPDATE lines SET {change}")).await;
+            let findings = store.audit(CHECK_LINE).await.unwrap().findings;
+            assert!(findings.iter().any(|finding| finding.starts_with("line r:")), "{change}: {findings:?}");
+            let [line] = &before[..] else { panic!("{before:?}") };
+            let Line { charged_nano, output, tier, ratio_micro, .. } = line;
+            let back = format!(
+                "charged_nano = {charged_nano}, output = {output}, tier = {tier}, ratio_micro = {ratio_micro}, billed = '{}'",
+                line.billed.name()
+            );
+            store.raw(format!("UPDATE lines SET {back}")).await;
+            node.assert_books().await;
+        }
+    }
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::journey::whole;
 use super::reply::Reply;
-use super::{Gateway, unanswered};
+use super::{Gateway, unanswered, usage};
 use crate::error::Error;
 use crate::preprocess::Admitted;
 use crate::store::{Owner, StoreError, now_ms};
@@ -22,14 +22,15 @@ const NANO: f64 = 1e9;
 const ACCESS_UNTIL_S: i64 = 253_402_214_400;
 
 /// What a key has left and what was charged, in nano-units: of its own limit where it has one, else of its user.
-struct Account {
-    left_nano: i64,
-    charged_nano: i64,
+pub(super) struct Account {
+    pub left_nano: i64,
+    pub charged_nano: i64,
 }
 
 /// `subscription`: what there was to begin with.
 pub async fn subscription(gateway: &Gateway, admitted: &Admitted) -> Result<Response<Reply>, Error> {
-    let Account { left_nano, charged_nano } = read(gateway, admitted.key()).await.map_err(unanswered)?;
+    usage::asked(admitted)?;
+    let Account { left_nano, charged_nano } = account(gateway, admitted.key()).await.map_err(unanswered)?;
     let limit = units(left_nano.saturating_add(charged_nano));
     let body = json!({
         "object": "billing_subscription",
@@ -43,13 +44,15 @@ pub async fn subscription(gateway: &Gateway, admitted: &Admitted) -> Result<Resp
 }
 
 /// `usage`: what was charged of it.
-pub async fn usage(gateway: &Gateway, admitted: &Admitted) -> Result<Response<Reply>, Error> {
-    let Account { charged_nano, .. } = read(gateway, admitted.key()).await.map_err(unanswered)?;
+pub async fn billed(gateway: &Gateway, admitted: &Admitted) -> Result<Response<Reply>, Error> {
+    usage::asked(admitted)?;
+    let Account { charged_nano, .. } = account(gateway, admitted.key()).await.map_err(unanswered)?;
     let hundredths: Value = units(charged_nano.saturating_mul(100));
     Ok(whole(json!({ "object": "list", "total_usage": hundredths }).to_string()))
 }
 
-async fn read(gateway: &Gateway, key: &Key) -> Result<Account, StoreError> {
+/// Reads what a key has left. A key with a limit of its own is not told of more than the limit leaves.
+pub(super) async fn account(gateway: &Gateway, key: &Key) -> Result<Account, StoreError> {
     let row = gateway.store.keys(Some(key.id)).await?.pop().ok_or_else(|| StoreError::Absent("key".into()))?;
     let balance_nano = gateway.ledger.balance_nano(key.user.id).await?;
     let owner = if row.limit_nano.is_some() { Owner::Key(key.id) } else { Owner::User(key.user.id) };

@@ -6,11 +6,11 @@ use hyper::header::{ACCEPT, HeaderMap};
 use serde_json::{Value, json};
 
 use super::reply::{self, Reply};
-use super::{Gateway, Snapshot, in_chat, templates, unanswered};
+use super::{Gateway, Snapshot, billing, in_chat, templates, unanswered};
 use crate::config::Language;
 use crate::error::Error;
 use crate::preprocess::Command;
-use crate::preprocess::command::{Asked, Facts, Needs, Outcome};
+use crate::preprocess::command::{Asked, Facts, Needs, Outcome, Redeemed};
 use crate::request::Head;
 use crate::store::{StoreError, now_ms};
 use crate::upstream::Pieces;
@@ -41,15 +41,18 @@ pub async fn command(
         models: Vec::new(),
         templates: Vec::new(),
         outcome: Outcome::Nothing,
-        balance_nano: 0,
-        redeemed_nano: None,
+        balance_nano: None,
+        redeemed: Redeemed::Worthless,
     };
     match command.row.needs {
         Needs::Nothing => {}
-        Needs::Balance => facts.balance_nano = gateway.ledger.balance_nano(user_id).await.map_err(unanswered)?,
+        Needs::Balance => {
+            facts.balance_nano = Some(billing::account(gateway, key).await.map_err(unanswered)?.left_nano);
+        }
         Needs::Redeem => {
-            facts.redeemed_nano = redeem(gateway, user_id, &command.argument).await.map_err(unanswered)?;
-            facts.balance_nano = gateway.ledger.balance_nano(user_id).await.map_err(unanswered)?;
+            facts.redeemed = redeem(gateway, user_id, &command.argument).await.map_err(unanswered)?;
+            // The code is used up by now: that is told whatever becomes of the rest.
+            facts.balance_nano = billing::account(gateway, key).await.ok().map(|account| account.left_nano);
         }
         Needs::Models => {
             let models = snapshot.catalog.iter().filter(|model| key.allows(&model.name) && gateway.pool.serves(model));
@@ -94,14 +97,17 @@ pub fn error(error: &Error, shape: &Shape, language: Language, request_id: &str)
     completion(shape, &in_chat::text(error, language), request_id)
 }
 
-/// What the code was worth; `None` when it is worth nothing.
-async fn redeem(gateway: &Gateway, user_id: i64, code: &str) -> Result<Option<i64>, StoreError> {
+async fn redeem(gateway: &Gateway, user_id: i64, code: &str) -> Result<Redeemed, StoreError> {
     if code.is_empty() || code.len() > CODE_BYTES_MAX {
-        return Ok(None);
+        return Ok(Redeemed::Worthless);
     }
-    match gateway.store.redeem(user_id, hash_key(code)).await {
-        Ok(nano) => Ok(Some(nano)),
-        Err(StoreError::Absent(_)) => Ok(None),
+    let (store, hash) = (&gateway.store, hash_key(code));
+    match store.redeem(user_id, hash).await {
+        Ok(nano) => Ok(Redeemed::Now(nano)),
+        // Also one whose answer was lost: a user that tries again is told that the money came.
+        Err(StoreError::Absent(_)) => {
+            Ok(store.redeemed(user_id, hash).await?.map_or(Redeemed::Worthless, Redeemed::Before))
+        }
         Err(error) => Err(error),
     }
 }

@@ -79,7 +79,7 @@ async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -
             Box::pin(usage::of_key(gateway, &snapshot, &admit()?, query)).await?
         }
         Route::Subscription => Box::pin(billing::subscription(gateway, &admit()?)).await?,
-        Route::Billed => Box::pin(billing::usage(gateway, &admit()?)).await?,
+        Route::Billed => Box::pin(billing::billed(gateway, &admit()?)).await?,
         Route::Call(api) => {
             let in_chat = snapshot.config.errors.in_chat && api.form == Form::Chat;
             let unread = |error| Refused { error, shape: in_chat.then(|| Shape::unread(&parts.headers)) };

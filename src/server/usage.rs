@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::journey::whole;
 use super::reply::Reply;
-use super::{Gateway, Snapshot, unanswered};
+use super::{Gateway, Snapshot, billing, unanswered};
 use crate::config::decimal::Nano;
 use crate::error::Error;
 use crate::preprocess::Admitted;
@@ -26,12 +26,18 @@ pub async fn of_key(
     admitted: &Admitted,
     query: &str,
 ) -> Result<Response<Reply>, Error> {
+    asked(admitted)?;
     let today = day_of(now_ms());
     let since = day_given(query, "since")?.unwrap_or(today - DAYS_DEFAULT + 1);
     let until = day_given(query, "until")?.unwrap_or(today);
     let mut body = read(gateway, admitted.key(), since, until).await.map_err(unanswered)?;
     body["currency"] = snapshot.config.currency.as_str().into();
     Ok(whole(body.to_string()))
+}
+
+/// What asks the database counts as a request of its user, as a call does.
+pub(super) fn asked(admitted: &Admitted) -> Result<(), Error> {
+    admitted.key().user.admit(now_ms()).map_err(|retry_after_s| Error::TooManyRequests { retry_after_s })
 }
 
 fn day_given(query: &str, name: &'static str) -> Result<Option<i64>, Error> {
@@ -45,7 +51,7 @@ async fn read(gateway: &Gateway, key: &Key, since: i64, until: i64) -> Result<Va
     let (store, user) = (&gateway.store, &key.user);
     let row = store.keys(Some(key.id)).await?.pop().ok_or_else(|| StoreError::Absent("key".into()))?;
     let user_row = store.users(Some(user.id)).await?.pop().ok_or_else(|| StoreError::Absent("user".into()))?;
-    let balance = gateway.ledger.balance_nano(user.id).await?;
+    let left = billing::account(gateway, key).await?.left_nano;
     let owners = [Owner::Key(key.id), Owner::User(user.id)];
     let spent = store.spent(owners.to_vec(), now_ms()).await?;
     let filter = DayFilter {
@@ -66,11 +72,20 @@ async fn read(gateway: &Gateway, key: &Key, since: i64, until: i64) -> Result<Va
             "charged": amount(day.charged_nano),
         })
     });
+    // What a user has spent with other keys is told to a key with a limit of its own only where it counts against it.
+    let counts = row.limit_nano.is_none() || user_row.day_nano.is_some() || user_row.month_nano.is_some();
+    let allowance = counts.then(|| {
+        json!({
+            "day_limit": limit(user_row.day_nano),
+            "month_limit": limit(user_row.month_nano),
+            "charged": charged(&spent[&owners[1]]),
+        })
+    });
     let expires = row.expires_ms.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok()).map(|at| at.to_string());
     Ok(json!({
         "object": "usage",
         "user": user.name,
-        "balance": amount(balance),
+        "balance": amount(left),
         "key": {
             "id": row.id,
             "name": row.name,
@@ -81,11 +96,7 @@ async fn read(gateway: &Gateway, key: &Key, since: i64, until: i64) -> Result<Va
             "month_limit": limit(row.month_nano),
             "charged": charged(&spent[&owners[0]]),
         },
-        "allowance": {
-            "day_limit": limit(user_row.day_nano),
-            "month_limit": limit(user_row.month_nano),
-            "charged": charged(&spent[&owners[1]]),
-        },
+        "allowance": allowance,
         "days": days.collect::<Vec<_>>(),
     }))
 }

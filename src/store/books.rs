@@ -140,6 +140,12 @@ pub async fn leased_elsewhere<T: Tx>(
     Ok(Elsewhere { live_nano: row.get(0)?, silent_nano: row.get(1)?, balance_nano: row.get(2)? })
 }
 
+pub async fn unspent_elsewhere<T: Tx>(tx: &T, boot: BootId, user_id: i64) -> Result<i64, StoreError> {
+    let sql = "SELECT CAST(balance_nano + coalesce((SELECT sum(amount_nano) FROM leases WHERE user_id = users.id AND boot <> $1), 0)
+               AS BIGINT) FROM users WHERE id = $2";
+    tx.row(sql, given![boot, user_id]).await?.ok_or_else(|| StoreError::Absent("user".into()))?.get(0)
+}
+
 pub async fn ask_back<T: Tx>(tx: &T, user_id: i64, asking: BootId) -> Result<(), StoreError> {
     tx.tell_short(user_id, asking).await
 }

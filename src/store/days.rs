@@ -12,8 +12,8 @@ const DAY_MS: i64 = 86_400_000;
 const EPOCH: Date = Date::constant(1970, 1, 1);
 /// The setting that says before which day lines may have been forgotten.
 pub const PRUNED_BEFORE: &str = "lines_pruned_before_day";
-/// A boot that was not heard of for so long may still have lines to bring: its lines stay.
-const HEARD_MS: i64 = DAY_MS;
+/// A boot that was not heard of for so long may have died, and its journal may be replayed: its lines stay.
+const HEARD_MS: i64 = 60_000;
 
 /// The day of a moment, since 1970-01-01 UTC.
 pub fn day_of(ms: i64) -> i64 {
@@ -145,18 +145,20 @@ pub async fn days<T: Tx>(tx: &T, filter: DayFilter) -> Result<Vec<(String, DayRo
     tx.rows(&sql, given![user, key_id, model, since, until, limit]).await?.iter().map(read).collect()
 }
 
-pub async fn prune_lines<T: Tx>(tx: &T, before_day: i64, most: u32) -> Result<u64, StoreError> {
+pub async fn prune_lines<T: Tx>(tx: &T, kept_days: u32, most: u32) -> Result<u64, StoreError> {
+    let now_ms = tx.now_ms().await?;
+    let before_day = day_of(now_ms) - i64::from(kept_days);
     // Said first, and for good: an audit must not miss lines that are gone.
     let sql =
         "INSERT INTO settings (name, value) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value
                WHERE CAST(settings.value AS BIGINT) < CAST(excluded.value AS BIGINT)";
     tx.execute(sql, given![PRUNED_BEFORE, before_day.to_string()]).await?;
-    // The lines of a boot that may come back stay, so that none of its is stored a second time.
+    // The lines of a boot that may come back stay, so that none of them is stored a second time: one that is closed will
+    // not, and one that lives ships behind its watermark alone.
     let sql = "DELETE FROM lines WHERE (boot, sequence) IN (
                    SELECT boot, sequence FROM lines WHERE started_ms < $1 AND boot NOT IN (
-                       SELECT id FROM boots WHERE state = 'live' AND seen_ms < $2) LIMIT $3)";
-    let heard_ms = tx.now_ms().await? - HEARD_MS;
-    tx.execute(sql, given![before_day * DAY_MS, heard_ms, most]).await
+                       SELECT id FROM boots WHERE state = 'forfeited' OR state = 'live' AND seen_ms < $2) LIMIT $3)";
+    tx.execute(sql, given![before_day * DAY_MS, now_ms - HEARD_MS, most]).await
 }
 
 /// Before which day lines may have been forgotten.

@@ -280,6 +280,11 @@ pub async fn redeem<T: Tx>(tx: &T, user_id: i64, hash: [u8; 32]) -> Result<i64, 
     Ok(amount_nano)
 }
 
+pub async fn redeemed<T: Tx>(tx: &T, user_id: i64, hash: [u8; 32]) -> Result<Option<i64>, StoreError> {
+    let sql = "SELECT amount_nano FROM codes WHERE hash = $1 AND redeemed_by = $2";
+    tx.row(sql, given![hash, user_id]).await?.map(|row| row.get(0)).transpose()
+}
+
 pub async fn put_group<T: Tx>(tx: &T, group: NewGroup) -> Result<(), StoreError> {
     tx.execute("INSERT INTO groups (name) VALUES ($1) ON CONFLICT DO NOTHING", given![&group.name]).await?;
     if let Some(ratio_micro) = group.ratio_micro {

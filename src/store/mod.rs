@@ -118,8 +118,9 @@ impl Store {
     }
 }
 
-/// Makes a method of each transaction, which runs it on the database that there is: a `read` and a `write` within
-/// seconds, a `report` for as long as it takes, over one state of the database.
+/// Makes a method of each transaction, which runs it on the database that there is: a `read`, which may see
+/// each of its rows at another moment, and a `write` within seconds, a `report` for as long as it takes, over one state of
+/// the database.
 macro_rules! transactions {
     ($($(#[$doc:meta])* $mode:ident $room:ident::$name:ident($($given:ident: $type:ty),*) -> $result:ty;)*) => {
         impl Store { $(
@@ -133,7 +134,7 @@ macro_rules! transactions {
                     Database::Postgres(postgres) => {
                         let mut lent = postgres.lend().await?;
                         let worked = Lent::within(long, async {
-                            let tx = lent.begin(long).await?;
+                            let tx = if writes || long { lent.begin(long).await? } else { lent.look() };
                             let result = $room::$name(&tx, $($given),*).await?;
                             tx.commit().await?;
                             Ok(result)
@@ -173,6 +174,8 @@ transactions! {
     write books::lease(boot: BootId, user_id: i64) -> LeaseRow;
     /// What other boots have leased of a user's money, by whether they were heard of within `silent_ms`.
     read books::leased_elsewhere(boot: BootId, user_id: i64, silent_ms: i64) -> Elsewhere;
+    /// What a user has apart from what one boot has leased of it: the balance, and what other boots have, in nano-units.
+    read books::unspent_elsewhere(boot: BootId, user_id: i64) -> i64;
     /// Asks every other node to give back what it has free of a user's money.
     write books::ask_back(user_id: i64, asking: BootId) -> ();
     /// Other boots that were not heard of for `silent_ms`, by the database's clock.
@@ -197,8 +200,9 @@ transactions! {
     read days::spent(owners: Vec<Owner>, now_ms: i64) -> HashMap<Owner, Spent>;
     /// What days came to, with the name of the user, newest first.
     read days::days(filter: DayFilter) -> Vec<(String, DayRow)>;
-    /// Forgets at most `most` lines of calls that began before a day; how many. What the day came to stays.
-    write days::prune_lines(before_day: i64, most: u32) -> u64;
+    /// Forgets at most `most` lines of calls that began more than `kept_days` before today, by the database's clock; how
+    /// many. What their days came to stays.
+    write days::prune_lines(kept_days: u32, most: u32) -> u64;
     /// Lines with the name of their user, newest first.
     read lines::lines(filter: LineFilter) -> Vec<(String, Line)>;
     /// Computes lines anew with the prices that their models have in `prices`.
@@ -256,6 +260,8 @@ transactions! {
     write desk::revoke_code(id: i64) -> ();
     /// Credits a user with a code's amount, which is returned, and uses the code up; `Absent` when it is worth nothing.
     write desk::redeem(user_id: i64, hash: [u8; 32]) -> i64;
+    /// What a code was worth that this user has redeemed.
+    read desk::redeemed(user_id: i64, hash: [u8; 32]) -> Option<i64>;
     /// All public templates, or all of one user's, by name.
     read templates::templates(user_id: Option<i64>) -> Vec<TemplateRow>;
     /// The enabled templates that a user has, without their messages: the user's own, then public ones, 500 at most.

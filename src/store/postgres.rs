@@ -10,7 +10,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
-use tokio_postgres::{AsyncMessage, Config, Transaction};
+use tokio_postgres::{AsyncMessage, Config};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
@@ -208,11 +208,16 @@ impl Lent {
 
     /// Begins a transaction, in which each statement sees what was committed before it.
     pub async fn begin(&mut self, long: bool) -> Result<PgTx<'_>, StoreError> {
-        let tx = PgTx(self.0.transaction().await?);
+        let tx = PgTx::Transaction(self.0.transaction().await?);
         if long {
             tx.batch("SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0").await?;
         }
         Ok(tx)
+    }
+
+    /// Statements that only read, without a transaction around them: each would see what was committed before it anyway.
+    pub fn look(&mut self) -> PgTx<'_> {
+        PgTx::Each(&self.0)
     }
 
     /// Gives the connection back to the pool.
@@ -242,18 +247,28 @@ fn told(error: &tokio_postgres::Error) -> String {
     source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
 }
 
-/// A transaction of PostgreSQL.
-pub struct PgTx<'a>(deadpool_postgres::Transaction<'a>);
+/// A transaction of PostgreSQL, or a connection on which each statement is one.
+pub enum PgTx<'a> {
+    Transaction(deadpool_postgres::Transaction<'a>),
+    Each(&'a Object),
+}
 
 impl PgTx<'_> {
     /// Runs statements without parameters.
     pub async fn batch(&self, sql: &str) -> Result<(), StoreError> {
-        Ok(self.0.batch_execute(sql).await?)
+        match self {
+            PgTx::Transaction(tx) => tx.batch_execute(sql).await?,
+            PgTx::Each(client) => client.batch_execute(sql).await?,
+        }
+        Ok(())
     }
 
     /// Commits; an error leaves it unknown whether it did.
     pub async fn commit(self) -> Result<(), StoreError> {
-        Ok(self.0.commit().await?)
+        match self {
+            PgTx::Transaction(tx) => Ok(tx.commit().await?),
+            PgTx::Each(_) => Ok(()),
+        }
     }
 }
 
@@ -296,9 +311,10 @@ impl<'a> FromSql<'a> for Cell {
 
 impl PgTx<'_> {
     async fn query(&self, sql: &str, given: &[&(dyn ToSql + Sync)]) -> Result<Vec<tokio_postgres::Row>, StoreError> {
-        let statement = self.0.prepare_cached(sql).await?;
-        let tx: &Transaction<'_> = &self.0;
-        Ok(tx.query(&statement, given).await?)
+        Ok(match self {
+            PgTx::Transaction(tx) => tx.query(&tx.prepare_cached(sql).await?, given).await?,
+            PgTx::Each(client) => client.query(&client.prepare_cached(sql).await?, given).await?,
+        })
     }
 }
 
@@ -319,10 +335,11 @@ impl Tx for PgTx<'_> {
     }
 
     async fn execute(&self, sql: &str, given: &[Value]) -> Result<u64, StoreError> {
-        let statement = self.0.prepare_cached(sql).await?;
         let given: Vec<&(dyn ToSql + Sync)> = given.iter().map(|value| value as _).collect();
-        let tx: &Transaction<'_> = &self.0;
-        Ok(tx.execute(&statement, &given).await?)
+        Ok(match self {
+            PgTx::Transaction(tx) => tx.execute(&tx.prepare_cached(sql).await?, &given).await?,
+            PgTx::Each(client) => client.execute(&client.prepare_cached(sql).await?, &given).await?,
+        })
     }
 
     async fn rows(&self, sql: &str, given: &[Value]) -> Result<Vec<Row>, StoreError> {

@@ -445,6 +445,11 @@ async fn a_group_is_made_and_changed_in_parts_and_users_move_into_it() {
 
 const DAY_MS: i64 = 86_400_000;
 
+/// Days to keep, so that all before this one go.
+fn keeping(before_day: i64) -> u32 {
+    (day_of(now_ms()) - before_day) as u32
+}
+
 /// Ships a line for each of these days, with its charge.
 async fn ship_days(store: &Store, boot: BootId, user: i64, days: &[(i64, i64)]) {
     let (key, price) = referred(store).await;
@@ -484,9 +489,9 @@ async fn days_add_up_what_lines_say_and_stay_when_these_are_forgotten() {
 
         let clean = |audit: Audit| (audit.findings, audit.users[0].difference_nano(), audit.lines);
         assert_eq!(clean(store.audit(|_, _| None).await.unwrap()), (vec![], 0, 4));
-        assert_eq!(store.prune_lines(20_485, 1).await.unwrap(), 1);
-        assert_eq!(store.prune_lines(20_485, 9).await.unwrap(), 1);
-        assert_eq!(store.prune_lines(20_485, 9).await.unwrap(), 0);
+        assert_eq!(store.prune_lines(keeping(20_485), 1).await.unwrap(), 1);
+        assert_eq!(store.prune_lines(keeping(20_485), 9).await.unwrap(), 1);
+        assert_eq!(store.prune_lines(keeping(20_485), 9).await.unwrap(), 0);
         assert_eq!(clean(store.audit(|_, _| None).await.unwrap()), (vec![], 0, 2));
         assert_eq!(of_days(DayFilter::default()).await, all);
         let user = store.user("ann".into()).await.unwrap();
@@ -498,10 +503,12 @@ async fn days_add_up_what_lines_say_and_stay_when_these_are_forgotten() {
 async fn lines_of_a_boot_that_may_come_back_are_not_forgotten() {
     for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
         ship_days(&store, boot, user, &[(20_483, 10)]).await;
-        store.raw(format!("UPDATE boots SET seen_ms = seen_ms - {}", 2 * DAY_MS)).await;
-        assert_eq!(store.prune_lines(20_484, 9).await.unwrap(), 0);
-        store.heartbeat(boot).await.unwrap();
-        assert_eq!(store.prune_lines(20_484, 9).await.unwrap(), 1);
+        for gone in ["seen_ms = seen_ms - 61000", "state = 'forfeited', seen_ms = seen_ms + 61000"] {
+            store.raw(format!("UPDATE boots SET {gone}")).await;
+            assert_eq!(store.prune_lines(keeping(20_484), 9).await.unwrap(), 0, "{gone}");
+        }
+        store.raw("UPDATE boots SET state = 'live'".into()).await;
+        assert_eq!(store.prune_lines(keeping(20_484), 9).await.unwrap(), 1);
     }
 }
 
@@ -626,5 +633,30 @@ async fn lines_are_computed_anew_by_user_and_model() {
         let all = store.recompute(LineFilter::default(), prices, cost).await.unwrap();
         assert_eq!((all.len(), all[0].user.as_str(), all[0].new_cost_nano), (1, "ann", 16));
         assert!(store.recompute(LineFilter::default(), HashMap::new(), cost).await.unwrap().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn an_audit_names_a_line_that_charges_more_than_its_tokens_cost() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        ship_days(&store, boot, user, &[(20_483, 10)]).await;
+        let check: LineCheck = |line, _| (line.charged_nano != 10).then(|| format!("line {}", line.request_id));
+        assert_eq!(store.audit(check).await.unwrap().findings, Vec::<String>::new());
+        store.raw("UPDATE lines SET charged_nano = 11".into()).await;
+        let findings = store.audit(check).await.unwrap().findings;
+        assert!(findings.iter().any(|finding| finding.starts_with("line ")), "{findings:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_user_has_elsewhere_is_read_past_a_boot_that_is_busy() {
+    for (Fixture { store, _folder }, boot, user) in with_ann(100).await {
+        store.grant(boot, user, 30, 0).await.unwrap();
+        let other = random();
+        store.begin_boot(other).await.unwrap();
+        store.grant(other, user, 20, 0).await.unwrap();
+        assert_eq!(store.unspent_elsewhere(boot, user).await.unwrap(), 70);
+        assert_eq!(store.unspent_elsewhere(random(), user).await.unwrap(), 100);
+        assert!(matches!(store.unspent_elsewhere(boot, user + 7).await, Err(StoreError::Absent(_))));
     }
 }

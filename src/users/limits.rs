@@ -48,18 +48,20 @@ struct State {
     /// What the store has, of all nodes, as of `day`.
     spent: Spent,
     day: i64,
+    /// Whether the store's figures were ever read.
+    read: bool,
     /// For calls that are open here.
     held: i64,
+    /// Of that, for calls that wait until others give up what they hold.
+    waiting: i64,
     /// Charges of this node that `spent` has not got yet: boot, number of its END, nano-units.
     unshipped: VecDeque<(BootId, u64, i64)>,
 }
 
 impl Spending {
-    /// Takes new limits, with what the store has of their periods.
-    pub fn limit(&self, limits: Limits, spent: Spent, now_ms: i64) {
-        let mut state = self.state();
-        state.limits = limits;
-        (state.spent, state.day) = (spent, day_of(now_ms));
+    /// Takes new limits. What counts against them is read by whoever holds against them: see [`Spending::shipped`].
+    pub fn limit(&self, limits: Limits) {
+        self.state().limits = limits;
         self.limited.store(!limits.is_none(), Ordering::Release);
     }
 
@@ -101,6 +103,30 @@ impl Spending {
         self.state().held -= amount;
     }
 
+    /// A call that holds `own` waits for others to end; false when no other call holds anything that does not wait itself.
+    pub fn wait(&self, own: i64) -> bool {
+        let mut state = self.state();
+        let others_may_end = state.held - state.waiting > own;
+        state.waiting += if others_may_end { own } else { 0 };
+        others_may_end
+    }
+
+    /// A call that holds `own` waits no longer.
+    pub fn stop_waiting(&self, own: i64) {
+        self.state().waiting -= own;
+    }
+
+    /// Whether the store's figures were ever read: without them nothing can be held.
+    pub fn is_read(&self) -> bool {
+        self.state().read
+    }
+
+    /// Whether anything is held, or charged and not in the store's figures.
+    pub fn is_in_use(&self) -> bool {
+        let state = self.state();
+        state.held != 0 || !state.unshipped.is_empty()
+    }
+
     /// A hold became the charge of a line: END `ordinal` of `boot`.
     pub fn charge(&self, held: i64, charged: i64, boot: BootId, ordinal: u64) {
         let mut state = self.state();
@@ -113,7 +139,7 @@ impl Spending {
     /// The store's own figures, which have all ENDs of `boot` up to `ordinal`.
     pub fn shipped(&self, spent: Spent, boot: BootId, ordinal: u64, now_ms: i64) {
         let mut state = self.state();
-        (state.spent, state.day) = (spent, day_of(now_ms));
+        (state.spent, state.day, state.read) = (spent, day_of(now_ms), true);
         state.unshipped.retain(|(of, number, _)| *of != boot || *number > ordinal);
     }
 
@@ -176,7 +202,8 @@ mod tests {
 
     fn limited(total: Option<i64>, day: Option<i64>, month: Option<i64>) -> Spending {
         let spending = Spending::default();
-        spending.limit(Limits { total, day, month }, spent(50, 30, 10), NOON_MS);
+        spending.limit(Limits { total, day, month });
+        spending.shipped(spent(50, 30, 10), BOOT, 0, NOON_MS);
         spending
     }
 
@@ -205,6 +232,27 @@ mod tests {
         assert_eq!(spending.room(tomorrow), Some((10, Period::Month)));
         let next_month = NOON_MS + 2 * DAY_MS;
         assert_eq!(spending.room(next_month), Some((15, Period::Day)));
+    }
+
+    #[test]
+    fn new_limits_leave_the_figures_as_they_are() {
+        let spending = limited(Some(100), None, None);
+        spending.hold(30, NOON_MS).unwrap();
+        spending.charge(30, 25, BOOT, 1);
+        spending.limit(Limits { total: Some(80), ..Limits::default() });
+        assert_eq!(spending.room(NOON_MS), Some((5, Period::Total)), "50 before, 25 since");
+    }
+
+    #[test]
+    fn of_those_that_hold_against_a_limit_one_does_not_wait() {
+        let spending = limited(Some(100), None, None);
+        spending.hold(20, NOON_MS).unwrap();
+        assert!(!spending.wait(20), "nobody else holds anything");
+        spending.hold(30, NOON_MS).unwrap();
+        assert!(spending.wait(20), "the other one may end");
+        assert!(!spending.wait(30), "the other one waits");
+        spending.stop_waiting(20);
+        assert!(spending.wait(30));
     }
 
     #[test]

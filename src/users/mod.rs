@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 pub use limits::{Limits, Pace, Period, Spending};
 
-use crate::store::{Change, GroupRow, KeyRow, Owner, Spent, Store, StoreError, UserRow, now_ms};
+use crate::store::{Change, GroupRow, KeyRow, Store, StoreError, UserRow};
 
 /// What a group's users have in common.
 #[derive(Debug)]
@@ -140,14 +140,12 @@ impl Users {
             Change::Group => self.reload(store).await,
             Change::User(id) => {
                 let rows = store.users(Some(*id)).await?;
-                let spent = spent_of(store, &rows, &[]).await?;
-                self.write(|tables| rows.into_iter().for_each(|row| tables.put_user(row, &spent)));
+                self.write(|tables| rows.into_iter().for_each(|row| tables.put_user(row)));
                 Ok(())
             }
             Change::Key(id) => {
                 let rows = store.keys(Some(*id)).await?;
-                let spent = spent_of(store, &[], &rows).await?;
-                self.write(|tables| rows.into_iter().for_each(|row| tables.put_key(row, &spent)));
+                self.write(|tables| rows.into_iter().for_each(|row| tables.put_key(row)));
                 Ok(())
             }
             Change::Account | Change::Balance(_) | Change::Short(_) => Ok(()),
@@ -156,11 +154,10 @@ impl Users {
 
     async fn reload(&self, store: &Store) -> Result<(), StoreError> {
         let (groups, users, keys) = (store.groups().await?, store.users(None).await?, store.keys(None).await?);
-        let spent = spent_of(store, &users, &keys).await?;
         self.write(|tables| {
             groups.into_iter().for_each(|row| tables.put_group(row));
-            users.into_iter().for_each(|row| tables.put_user(row, &spent));
-            keys.into_iter().for_each(|row| tables.put_key(row, &spent));
+            users.into_iter().for_each(|row| tables.put_user(row));
+            keys.into_iter().for_each(|row| tables.put_key(row));
         });
         Ok(())
     }
@@ -182,14 +179,6 @@ impl KeyRow {
     }
 }
 
-/// What has been charged to those of these that have limits.
-async fn spent_of(store: &Store, users: &[UserRow], keys: &[KeyRow]) -> Result<HashMap<Owner, Spent>, StoreError> {
-    let users = users.iter().filter(|user| user.limits() != Limits::default()).map(|user| Owner::User(user.id));
-    let keys = keys.iter().filter(|key| key.limits() != Limits::default()).map(|key| Owner::Key(key.id));
-    let limited: Vec<Owner> = users.chain(keys).collect();
-    if limited.is_empty() { Ok(HashMap::new()) } else { store.spent(limited, now_ms()).await }
-}
-
 impl Tables {
     fn put_group(&mut self, row: GroupRow) {
         let GroupRow { id, name, ratio_micro, models, concurrency, requests_per_minute } = row;
@@ -198,20 +187,20 @@ impl Tables {
         self.groups.insert(id, Arc::new(group));
     }
 
-    fn put_user(&mut self, row: UserRow, spent: &HashMap<Owner, Spent>) {
+    fn put_user(&mut self, row: UserRow) {
         let Some(group) = self.groups.get(&row.group_id).cloned() else { return };
-        let (limits, spent) = (row.limits(), spent.get(&Owner::User(row.id)).copied().unwrap_or_default());
+        let limits = row.limits();
         match self.users.get(&row.id) {
             Some(user) => {
                 user.thaws.store(row.thaws, Ordering::Relaxed);
                 user.frozen.store(row.frozen, Ordering::Relaxed);
-                user.spending.limit(limits, spent, now_ms());
+                user.spending.limit(limits);
                 user.group.store(group);
             }
             None => {
                 let (frozen, thaws) = (AtomicBool::new(row.frozen), AtomicBool::new(row.thaws));
                 let spending = Arc::new(Spending::default());
-                spending.limit(limits, spent, now_ms());
+                spending.limit(limits);
                 let (pace, group) = (Pace::default(), ArcSwap::new(group));
                 let user = User { id: row.id, name: row.name, spending, pace, frozen, thaws, group };
                 self.users.insert(row.id, Arc::new(user));
@@ -219,7 +208,7 @@ impl Tables {
         }
     }
 
-    fn put_key(&mut self, row: KeyRow, spent: &HashMap<Owner, Spent>) {
+    fn put_key(&mut self, row: KeyRow) {
         let old = self.hashes.remove(&row.id).and_then(|hash| self.keys.remove(&hash));
         if let Some(old) = old.as_ref().filter(|_| row.revoked_ms.is_some()) {
             old.revoked.store(true, Ordering::Relaxed);
@@ -230,8 +219,7 @@ impl Tables {
         }
         // Running calls have the key as it was: what they hold counts against it, and its end is theirs.
         let (spending, revoked) = old.map_or_else(Default::default, |old| (old.spending.clone(), old.revoked.clone()));
-        let spent = spent.get(&Owner::Key(row.id)).copied().unwrap_or_default();
-        spending.limit(row.limits(), spent, now_ms());
+        spending.limit(row.limits());
         let models = row.models.map(|models| models.into_iter().collect());
         let expires_ms = row.expires_ms;
         self.hashes.insert(row.id, row.hash);
@@ -323,7 +311,7 @@ mod tests {
                 month_nano: None,
                 created_ms: 0,
             };
-            tables.put_user(user, &HashMap::new());
+            tables.put_user(user);
             let key = KeyRow {
                 id: 1,
                 user_id: 1,
@@ -338,7 +326,7 @@ mod tests {
                 day_nano: None,
                 month_nano: None,
             };
-            tables.put_key(key, &HashMap::new());
+            tables.put_key(key);
         });
         assert!(users.find("sk-1", 99).is_some());
         assert!(users.find("sk-1", 100).is_none());

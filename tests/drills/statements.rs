@@ -50,7 +50,7 @@ fn load(address: &str, lasts: Duration) -> usize {
 }
 
 #[test]
-fn a_thousand_calls_cost_twenty_statements_at_most_beside_those_of_each_second() {
+fn a_thousand_calls_cost_twenty_statements_at_most_with_all_that_a_second_costs() {
     let settings = "-c shared_preload_libraries=pg_stat_statements -c pg_stat_statements.track=top";
     let Some(cluster) = Cluster::start_with(None, settings) else { return };
     let url = cluster.database();
@@ -77,7 +77,7 @@ fn a_thousand_calls_cost_twenty_statements_at_most_beside_those_of_each_second()
     let shipments = count("UPDATE boots SET shipped%").min(lasts.as_secs() + 1);
     let each_second = 7 * shipments
         + 4 * count("UPDATE boots SET seen_ms%")
-        + 3 * count("SELECT sequence, kind, row_id FROM changes%")
+        + count("SELECT sequence, kind, row_id FROM changes%")
         + 5 * count("WITH granted%").min(lasts.as_secs() + 1);
     let (total, checks) = (count("%"), count("SELECT $1"));
     let of_calls = (total - each_second - checks) as f64 * 1000.0 / calls as f64;
@@ -86,7 +86,9 @@ fn a_thousand_calls_cost_twenty_statements_at_most_beside_those_of_each_second()
         "{calls} calls, {per_s:.0} a second: {in_all:.1} statements a thousand, {of_calls:.1} beside those of each second"
     );
     eprintln!("{all}");
-    assert!(of_calls <= 20.0, "{of_calls}\n{all}");
+    // A machine that was slower than the rate had more seconds a thousand calls.
+    let at_rate = of_calls + each_second as f64 * 1000.0 / (lasts.as_secs() as f64 * PER_S as f64);
+    assert!(at_rate <= 20.0, "{at_rate}\n{all}");
     field.stop_all();
     field.assert_sums();
 }

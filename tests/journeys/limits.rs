@@ -188,7 +188,8 @@ async fn a_user_redeems_a_code_in_the_chat_once_and_thaws_with_it() {
     let nothing = "This code is worth nothing: it is unknown, used, expired or revoked.";
     assert_eq!(node.say(KEY, "/redeem code-y").await, nothing);
     assert_eq!(node.say(KEY, "/redeem code-x").await, "Added: 0.50 USD\nBalance: 0.50 USD");
-    assert_eq!(node.say(KEY, "/r code-x").await, nothing);
+    let again = "You have redeemed this code before; it added: 0.50 USD\nBalance: 0.50 USD";
+    assert_eq!(node.say(KEY, "/r code-x").await, again, "as one is told whose first answer was lost");
     assert_eq!(node.say(KEY, "/redeem").await, nothing);
     for _ in 0..100 {
         if node.say(KEY, "Say hello.").await == "Hi" {
@@ -226,5 +227,123 @@ async fn a_key_is_told_its_own_use_and_nobody_elses() {
     assert_eq!(node.usage(LIMITED, "?since=2020-01-01&until=2020-01-31").await["days"], json!([]));
     assert_eq!(node.usage(LIMITED, "?since=soon").await["error"]["param"], "since");
     assert_eq!(node.usage("sk-nobody", "").await["error"]["code"], "invalid_api_key");
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn what_asks_the_database_counts_against_the_requests_a_minute() {
+    let upstream = Upstream::start(|_, _| whole(200, &completion("Hi", 12, 1))).await;
+    let node = Setup::at(&upstream).start().await;
+    set_group(&node, None, Some(4)).await;
+    for path in ["/v1/usage", "/v1/dashboard/billing/subscription", "/v1/dashboard/billing/usage", "/v1/usage"] {
+        assert_eq!(node.send(&get(path)).await.read().await.status, 200, "{path}");
+    }
+    for path in ["/v1/usage", "/v1/dashboard/billing/subscription", "/v1/dashboard/billing/usage"] {
+        let refused = node.send(&get(path)).await.read().await;
+        assert_eq!((refused.status, &refused.json()["error"]["code"]), (429, &json!("rate_limit_exceeded")), "{path}");
+        assert!(refused.header("retry-after").is_some());
+    }
+    node.finish().await;
+}
+
+async fn set_group(node: &Node, ratio_micro: Option<i64>, requests_per_minute: Option<u32>) {
+    let group = NewGroup {
+        name: "default".into(),
+        ratio_micro,
+        models: None,
+        concurrency: None,
+        requests_per_minute: Some(requests_per_minute),
+    };
+    node.store.put_group(group).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+}
+
+#[tokio::test]
+async fn a_key_with_a_limit_of_its_own_is_told_of_no_more_than_that() {
+    let upstream = upstream_of_100_tokens().await;
+    let node = Setup::at(&upstream).start().await;
+    let limits = NewLimits { limit_nano: Some(Some(10 * EACH)), ..NewLimits::default() };
+    add_key(&node, limits).await;
+    for key in [KEY, LIMITED] {
+        node.send(&post(key, &asking(r#","max_tokens":100"#))).await.read().await;
+    }
+    node.lines(2).await;
+    let told = node.usage(LIMITED, "").await;
+    assert_eq!((&told["balance"], &told["allowance"]), (&json!("0.001908"), &Value::Null), "nine of ten are left");
+    assert_eq!(node.say(LIMITED, "/bi").await, "Balance: 0.001908 USD");
+    assert_eq!(node.usage(KEY, "").await["balance"], "0.999576");
+    // An allowance of the user counts for this key, too.
+    let day = NewLimits { day_nano: Some(Some(5_000_000)), ..NewLimits::default() };
+    node.store.limit_user(USER.into(), day).await.unwrap();
+    assert_eq!(node.usage(LIMITED, "").await["allowance"]["charged"]["day"], "0.000424");
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_call_is_clamped_to_what_a_limit_leaves_and_its_charge_counts_once() {
+    let upstream = upstream_of_100_tokens().await;
+    let node = Setup::at(&upstream).start().await;
+    let limits = NewLimits { limit_nano: Some(Some(12 * INPUT_NANO + 300 * OUTPUT_NANO)), ..NewLimits::default() };
+    let id = add_key(&node, limits).await;
+    // The node has leased nothing yet: what the limit leaves is fetched before it is divided.
+    let body = asking(r#","max_tokens":4000"#);
+    assert_eq!(node.send(&post(LIMITED, &body)).await.read().await.status, 200);
+    let clamped = upstream.seen()[0].json()["max_tokens"].as_u64().unwrap();
+    assert!((200..=302).contains(&clamped), "{clamped}"); // the prompt is counted with its bound or exactly
+    assert_eq!(node.lines(1).await[0].charged_nano, EACH);
+    // With its charge in the store it counts once: two more calls fit within three, and no third.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let wider = NewLimits { limit_nano: Some(Some(3 * EACH)), ..NewLimits::default() };
+    node.store.limit_key(id, wider).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    for status in [200, 200, 429] {
+        let reply = node.send(&post(LIMITED, &asking(r#","max_tokens":100"#))).await.read().await;
+        assert_eq!(reply.status, status, "{}", reply.text());
+    }
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn a_running_stream_ends_at_its_next_slice_when_its_user_is_frozen_or_its_key_revoked() {
+    // Ten words each 20 ms: a slice lasts half a second.
+    let events: Vec<Act> =
+        (0..600).flat_map(|_| [chunk(text(&" word".repeat(10))), Act::Pause(Duration::from_millis(20))]).collect();
+    let upstream =
+        Upstream::start(move |_, _| [vec![stream_head()], events.clone(), vec![Act::AwaitClose]].concat()).await;
+    let node = Arc::new(Setup::at(&upstream).start().await);
+    let id = add_key(&node, NewLimits::default()).await;
+    for (key, count) in [(LIMITED, 1), (KEY, 2)] {
+        let running = node.clone();
+        let stream = tokio::spawn(async move { running.send(&post(key, &streaming(""))).await.read().await });
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        match key {
+            KEY => drop(node.store.set_frozen(USER.into(), true, false).await.unwrap()),
+            _ => node.store.revoke_key(id).await.unwrap(),
+        }
+        let reply = tokio::time::timeout(Duration::from_secs(8), stream).await.expect("long before its end").unwrap();
+        assert!(reply.text().contains(r#""finish_reason":"length""#), "{}", reply.text());
+        let line = &node.lines(count).await[count - 1];
+        assert!(
+            (100..=1024).contains(&line.output),
+            "what was held for it, at most a second or two of slices: {line:?}"
+        );
+    }
+    node.store.set_frozen(USER.into(), false, false).await.unwrap();
+    Arc::into_inner(node).unwrap().finish().await;
+}
+
+#[tokio::test]
+async fn a_line_is_charged_by_the_ratio_of_its_group_as_it_was_when_the_call_began() {
+    let upstream = upstream_of_100_tokens().await;
+    let node = Setup::at(&upstream).start().await;
+    set_group(&node, Some(1_500_000), None).await;
+    let call = asking(r#","max_tokens":100"#);
+    assert_eq!(node.chat(&call).await.status, 200);
+    set_group(&node, Some(500_000), None).await;
+    assert_eq!(node.chat(&call).await.status, 200);
+    let lines = node.lines(2).await;
+    let charged: Vec<_> = lines.iter().map(|line| (line.ratio_micro, line.charged_nano)).collect();
+    assert_eq!(charged, [(1_500_000, EACH * 3 / 2), (500_000, EACH / 2)]);
+    assert!(lines.iter().all(|line| line.hold_nano >= line.charged_nano));
     node.finish().await;
 }

@@ -203,7 +203,7 @@ fn every_subcommand_works_beside_a_running_server() {
     assert_ne!(json(path, &["lease", "list"]), Value::Array(vec![]));
     until("the line is stored", || !json(path, &["usage"]).as_array().unwrap().is_empty());
     let (csv, good) = run(path, &["usage", "--csv", "--end-reason", "complete", "--since", "2020-01-01T00:00:00Z"]);
-    assert!(good && csv.starts_with("started,user,model,") && csv.lines().count() == 2, "{csv}");
+    assert!(good && csv.starts_with("started,user,key,model,") && csv.lines().count() == 2, "{csv}");
     assert_eq!(json(path, &["usage", "--until", "2020-01-01T00:00:00Z"]), Value::Array(vec![]));
     let all = json(path, &["user", "show", "first"])["balance"].as_str().unwrap().to_owned();
     assert_eq!(json(path, &["user", "debit", "first", &all])["balance"], "0.00");
@@ -469,4 +469,172 @@ fn a_port_in_use_costs_the_first_start_none_of_its_secrets() {
     let output = command(folder.path()).env("GPT_CAT_SERVER__HTTP", &taken).output().unwrap();
     assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains(&taken));
     assert!(Gateway::start(folder.path(), |_| {}).welcome.contains(KEY));
+}
+
+/// Reads all of a request: what lies unread when a socket is closed resets it.
+fn read_request(socket: &mut TcpStream) {
+    let mut reader = BufReader::new(socket);
+    let (mut line, mut length) = (String::new(), 0);
+    while reader.read_line(&mut line).is_ok_and(|bytes| bytes > 2) {
+        if let Some(given) = line.to_lowercase().strip_prefix("content-length:") {
+            length = given.trim().parse().unwrap();
+        }
+        line.clear();
+    }
+    let _ = reader.read_exact(&mut vec![0; length]);
+}
+
+/// A scripted upstream that answers with so many tokens, as it says itself.
+fn upstream_of(prompt: u64, output: u64) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for mut socket in listener.incoming().flatten() {
+            read_request(&mut socket);
+            let words = " word".repeat(output as usize);
+            let body = format!(
+                r#"{{"id":"1","object":"chat.completion","created":1,"model":"m","choices":[{{"index":0,"message":{{"role":"assistant","content":"{words}"}},"finish_reason":"stop"}}],"usage":{{"prompt_tokens":{prompt},"completion_tokens":{output},"total_tokens":{}}}}}"#,
+                prompt + output
+            );
+            let head = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
+            let _ = socket.write_all((head + &body).as_bytes());
+        }
+    });
+    address
+}
+
+const ASK: &str =
+    r#"{"model":"m","max_tokens":40,"messages":[{"role":"user","content":"Count to forty, a word each."}]}"#;
+
+fn wait_for_lines(folder: &Path, count: usize) -> Vec<Value> {
+    let lines = || json(folder, &["usage"]).as_array().unwrap().clone();
+    until("the lines are shipped", || lines().len() == count);
+    lines()
+}
+
+#[test]
+fn a_price_that_changes_over_a_restart_is_charged_from_then_on_and_the_old_lines_still_recompute() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    configure(path, &upstream_of(14, 40));
+    let config = std::fs::read_to_string(path.join("gpt-cat.toml")).unwrap();
+    let mut gateway = Gateway::start(path, |_| {});
+    assert!(gateway.answer(ASK).contains("200 OK"));
+    wait_for_lines(path, 1);
+    assert_eq!(gateway.signal("-TERM"), 0);
+    // Dearer, and dearer still beyond eight tokens of prompt: the hold covers the tier that the prompt is in.
+    let dearer = config.replace(
+        "input = \"1.00\"\noutput = \"2.00\"",
+        "input = \"3.00\"\noutput = \"6.00\"\ntiers = [{ above = 8, input = \"30.00\", output = \"60.00\" }]",
+    );
+    assert_ne!(dearer, config);
+    std::fs::write(path.join("gpt-cat.toml"), dearer).unwrap();
+    let mut gateway = Gateway::start(path, |_| {});
+    assert!(gateway.answer(ASK).contains("200 OK"));
+    let lines = wait_for_lines(path, 2);
+    let seen: Vec<_> = lines.iter().map(|line| (line["charged"].as_str().unwrap(), line["tier"].as_u64())).collect();
+    assert_eq!(seen, [("0.00282", Some(1)), ("0.000094", Some(0))], "newest first");
+    assert_ne!(lines[0]["price_version"], lines[1]["price_version"]);
+    assert!(run(path, &["audit"]).1);
+    let amount = |line: &Value, name: &str| line[name].as_str().unwrap().parse::<f64>().unwrap();
+    assert!(lines.iter().all(|line| amount(line, "hold") >= amount(line, "charged")), "{lines:?}");
+    assert_eq!(gateway.signal("-TERM"), 0);
+}
+
+#[test]
+fn a_server_forgets_lines_beyond_the_days_that_are_kept_and_what_they_came_to_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    configure(path, &upstream_of(14, 40));
+    let mut gateway = Gateway::start(path, |_| {});
+    assert!(gateway.answer(ASK).contains("200 OK"));
+    wait_for_lines(path, 1);
+    assert_eq!(gateway.signal("-KILL"), -1);
+    let balance = |path: &Path| json(path, &["user", "show", "first"])["balance"].clone();
+    {
+        let database = rusqlite::Connection::open(path.join("data/gpt-cat.db")).unwrap();
+        database.execute("UPDATE lines SET started_ms = started_ms - 3 * 86400000", []).unwrap();
+        database.execute("UPDATE days SET day = day - 3", []).unwrap();
+    }
+    // The journal of the boot that was killed still has the line: replayed, and then pruned, it comes up once.
+    let before = json(path, &["usage", "--per-day"]);
+    let mut gateway = Gateway::start(path, |command| {
+        command.env("GPT_CAT_LEDGER__LINES_KEPT_DAYS", "1");
+    });
+    until("the line is forgotten", || json(path, &["usage"]).as_array().unwrap().is_empty());
+    assert_eq!(json(path, &["usage", "--per-day"]), before);
+    assert_eq!((&before[0]["calls"], before.as_array().unwrap().len()), (&1.into(), 1));
+    assert!(gateway.answer(ASK).contains("200 OK"));
+    wait_for_lines(path, 1);
+    let (text, good) = run(path, &["audit"]);
+    assert!(good, "{text}");
+    assert_eq!(gateway.signal("-TERM"), 0);
+    assert_eq!(balance(path), "0.999812");
+}
+
+#[test]
+fn usage_is_filtered_by_account_key_and_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    configure(path, &upstream_of(14, 40));
+    let config = std::fs::read_to_string(path.join("gpt-cat.toml")).unwrap();
+    let config = config.replace("[\"m\"]", "[\"m\", \"n\"]") + "[models.n]\ninput = \"1\"\noutput = \"2\"\n";
+    std::fs::write(path.join("gpt-cat.toml"), config).unwrap();
+    let mut gateway = Gateway::start(path, |_| {});
+    for body in [ASK, &ASK.replace("\"m\"", "\"n\"")] {
+        let reply = gateway.answer(body);
+        assert!(reply.contains("200 OK"), "{reply}");
+    }
+    wait_for_lines(path, 2);
+    let key = json(path, &["key", "list", "first"])[0]["id"].to_string();
+    for (filter, models) in [
+        (vec!["--account", "up"], vec!["n", "m"]),
+        (vec!["--account", "down"], vec![]),
+        (vec!["--model", "n"], vec!["n"]),
+        (vec!["--model", "m", "--key", &key], vec!["m"]),
+        (vec!["--key", "99"], vec![]),
+        (vec!["--user", "first", "--limit", "1"], vec!["n"]),
+    ] {
+        let found = json(path, &[vec!["usage"], filter.clone()].concat());
+        let found: Vec<_> = found.as_array().unwrap().iter().map(|line| line["model"].as_str().unwrap()).collect();
+        assert_eq!(found, models, "{filter:?}");
+    }
+    assert_eq!(gateway.signal("-TERM"), 0);
+}
+
+#[test]
+fn an_audit_names_a_line_that_charges_another_amount_than_its_tokens_cost() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut gateway = Gateway::start(folder.path(), |_| {});
+    assert!(gateway.answer(DEMO).contains("[DONE]"));
+    assert_eq!(gateway.signal("-TERM"), 0);
+    let database = rusqlite::Connection::open(folder.path().join("data/gpt-cat.db")).unwrap();
+    database.execute("UPDATE lines SET charged_nano = charged_nano + 1", []).unwrap();
+    database.execute("UPDATE days SET charged_nano = charged_nano + 1", []).unwrap();
+    database.execute("UPDATE users SET balance_nano = balance_nano - 1", []).unwrap();
+    let (text, good) = run(folder.path(), &["audit"]);
+    assert!(!good && text.contains("but its tokens cost"), "{text}");
+}
+
+#[test]
+fn a_debit_gets_the_money_of_a_user_whose_calls_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    configure(path, &endless_upstream());
+    let mut gateway = Gateway::start(path, |_| {});
+    json(path, &["user", "credit", "first", "9"]);
+    let body = r#"{"model":"m","stream":true,"messages":[{"role":"user","content":"Go on."}]}"#;
+    let mut streams: Vec<TcpStream> = (0..20).map(|_| gateway.ask(body)).collect();
+    streams.iter_mut().for_each(|stream| stream.read_exact(&mut [0; 100]).unwrap());
+    // All but what the streams hold, which is a few hundred tokens each.
+    let left = json(path, &["user", "debit", "first", "9.5"])["balance"].as_str().unwrap().parse::<f64>().unwrap();
+    assert!((0.0..=0.5).contains(&left), "{left}");
+    streams.iter_mut().for_each(|stream| stream.read_exact(&mut [0; 100]).unwrap());
+    drop(streams);
+    assert_eq!(gateway.signal("-TERM"), 0);
+    let (text, good) = run(path, &["audit"]);
+    assert!(good, "{text}");
 }

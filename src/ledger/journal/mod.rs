@@ -292,7 +292,7 @@ impl Journal {
     /// The next lines to ship, read back from the journal. A line that does not read is left to the next replay.
     ///
     /// They stay queued until [`Journal::shipped`] says that they are stored.
-    pub fn unshipped(&self, lines_max: usize) -> io::Result<Batch> {
+    pub fn unshipped(&self, lines_max: usize) -> Batch {
         let (from, mut to, items) = {
             let writer = self.lock();
             let items = writer.unshipped.iter().take(lines_max).map(|item| (item.ordinal, item.line.clone()));
@@ -305,16 +305,15 @@ impl Journal {
                 Kept::Held(line) => lines.push(*line),
                 Kept::At(at) => match read_back(&at.file, at.offset, at.length) {
                     Ok(line) => lines.push(line),
-                    Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                        tracing::error!(ordinal, offset = at.offset, "journal: a line does not read back");
+                    Err(error) => {
+                        tracing::error!(%error, ordinal, offset = at.offset, "journal: a line does not read back");
                         self.damaged.store(true, Ordering::Relaxed);
                         self.fail(&error);
                     }
-                    Err(error) => return Err(error),
                 },
             }
         }
-        Ok(Batch { from, to, lines })
+        Batch { from, to, lines }
     }
 
     /// Forgets lines up to the watermark `to`, which a transaction has set in place of `from`.
@@ -339,7 +338,7 @@ impl Journal {
 
     /// The store's watermark went back, since its database did: lines behind it are shipped again, as far as they are
     /// still here. Reads files; nobody else may ship meanwhile.
-    pub fn rewind(&self, watermark: u64) -> io::Result<()> {
+    pub fn rewind(&self, watermark: u64) {
         let (files, first) = {
             let mut writer = self.lock();
             writer.segments.iter_mut().for_each(|segment| segment.passed = None);
@@ -349,7 +348,12 @@ impl Journal {
         let mut again = Vec::new();
         for file in files {
             let mut bytes = vec![0; segment_bytes() as usize];
-            file.read_exact_at(&mut bytes, 0)?;
+            if let Err(error) = file.read_exact_at(&mut bytes, 0) {
+                tracing::error!(%error, "journal: a segment does not read; its lines are left to the next start");
+                self.damaged.store(true, Ordering::Relaxed);
+                self.fail(&error);
+                continue;
+            }
             replay::scan(&bytes, |found| {
                 if let Ok(found) = found
                     && found.kind == Kind::End as u8
@@ -369,7 +373,6 @@ impl Journal {
             writer.unshipped.push_front(item);
         }
         writer.shipped = watermark;
-        Ok(())
     }
 
     /// Whether every line has been shipped.
@@ -496,6 +499,10 @@ impl Journal {
     /// earlier one opened.
     fn tidy(&self, kept: Duration) {
         loop {
+            // What a replay has to settle may lie in any of them.
+            if self.is_damaged() {
+                return;
+            }
             let mut writer = self.lock();
             let crowded = writer.segments.len() as u64 * segment_bytes() > self.bytes_max / 2;
             let due = writer.first_passed().is_some_and(|passed| crowded || passed.elapsed() >= kept);

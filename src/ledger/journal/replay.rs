@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -79,7 +80,7 @@ impl Dead {
             .collect();
         paths.sort();
         for path in paths {
-            let bytes = fs::read(&path)?;
+            let bytes = read_all(&path)?;
             check_version(&path, &bytes)?;
             scan(&bytes, |found| match found {
                 Ok(Found { kind, sequence, payload, .. }) if kind == Kind::Open as u8 => {
@@ -119,6 +120,27 @@ impl Dead {
     }
 }
 
+/// A segment's bytes; what the disk does not give is zeros, which are no record.
+fn read_all(path: &Path) -> io::Result<Vec<u8>> {
+    fs::read(path).or_else(|error| {
+        tracing::error!(file = %path.display(), %error, "journal: a segment does not read; its readable parts are");
+        let file = File::open(path)?;
+        let length = file.metadata()?.len() as usize;
+        Ok(read_parts(length, |part, offset| file.read_exact_at(part, offset)))
+    })
+}
+
+fn read_parts(length: usize, read: impl Fn(&mut [u8], u64) -> io::Result<()>) -> Vec<u8> {
+    const PART_BYTES: usize = 4096;
+    let mut bytes = vec![0; length];
+    for (part, offset) in bytes.chunks_mut(PART_BYTES).zip((0..).step_by(PART_BYTES)) {
+        if read(part, offset).is_err() {
+            part.fill(0);
+        }
+    }
+    bytes
+}
+
 /// Refuses a segment whose records have another format: read as damage, its lines would be lost.
 fn check_version(path: &Path, bytes: &[u8]) -> io::Result<()> {
     if !is_of_another_version(bytes) {
@@ -152,4 +174,22 @@ pub(super) fn scan<'a>(bytes: &'a [u8], mut found: impl FnMut(Result<Found<'a>, 
         at += memchr::memmem::find(&bytes[at..], &MAGIC.to_le_bytes()).unwrap_or(bytes.len() - at);
     }
     // Damage with no record behind it is the torn tail of the last write: cut off, since nothing was acted on it.
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_segment_that_the_disk_gives_in_parts_is_read_but_for_those() {
+        let on_disk: Vec<u8> = (0..10_000u32).map(|byte| (byte % 251) as u8 + 1).collect();
+        let bytes = read_parts(on_disk.len(), |part, offset| {
+            let at = offset as usize;
+            part.copy_from_slice(&on_disk[at..at + part.len()]);
+            if offset == 4096 { Err(io::Error::from(rustix::io::Errno::IO)) } else { Ok(()) }
+        });
+        assert_eq!(bytes[..4096], on_disk[..4096]);
+        assert!(bytes[4096..8192].iter().all(|byte| *byte == 0));
+        assert_eq!(bytes[8192..], on_disk[8192..]);
+    }
 }

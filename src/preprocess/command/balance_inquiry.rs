@@ -11,7 +11,12 @@ pub(super) const ROW: Row = Row {
     answer,
 };
 
-fn answer(facts: &Facts<'_>) -> String {
+/// The line that tells of the balance, where it is known.
+pub(super) fn balance(facts: &Facts<'_>) -> Option<String> {
     let label = facts.text(["Balance", "余额"]);
-    format!("{label}: {} {}", Nano(facts.balance_nano), facts.currency)
+    facts.balance_nano.map(|nano| format!("{label}: {} {}", Nano(nano), facts.currency))
+}
+
+fn answer(facts: &Facts<'_>) -> String {
+    balance(facts).unwrap_or_default()
 }

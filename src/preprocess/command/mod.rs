@@ -77,10 +77,18 @@ pub struct Facts<'a> {
     /// Enabled ones, the user's own before the public ones.
     pub templates: Vec<TemplateRow>,
     pub outcome: Outcome,
-    /// 0 where the command does not need it.
-    pub balance_nano: i64,
-    /// What a code was worth, if the command redeemed one.
-    pub redeemed_nano: Option<i64>,
+    /// What the key may spend; `None` where the command does not need it, or it could not be read.
+    pub balance_nano: Option<i64>,
+    pub redeemed: Redeemed,
+}
+
+/// What came of a code, in nano-units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redeemed {
+    Now(i64),
+    /// By the same user.
+    Before(i64),
+    Worthless,
 }
 
 /// A command that a user gave, to be answered without an upstream and without a charge.
@@ -155,8 +163,8 @@ mod tests {
             ],
             templates: Vec::new(),
             outcome: Outcome::Nothing,
-            balance_nano: 0,
-            redeemed_nano: None,
+            balance_nano: None,
+            redeemed: Redeemed::Worthless,
         }
     }
 

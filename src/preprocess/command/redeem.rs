@@ -1,6 +1,7 @@
 //! `/redeem`, `/r`: turns a code into money.
 
-use super::{Facts, Needs, Row};
+use super::balance_inquiry::balance;
+use super::{Facts, Needs, Redeemed, Row};
 use crate::config::decimal::Nano;
 
 pub(super) const ROW: Row = Row {
@@ -12,17 +13,19 @@ pub(super) const ROW: Row = Row {
 };
 
 fn answer(facts: &Facts<'_>) -> String {
-    let balance = Nano(facts.balance_nano);
-    match facts.redeemed_nano {
-        Some(nano) => {
-            let (added, balance_is) = (facts.text(["Added", "已充值"]), facts.text(["Balance", "余额"]));
-            format!("{added}: {} {currency}\n{balance_is}: {balance} {currency}", Nano(nano), currency = facts.currency)
+    let worth = |label: [&str; 2], nano| format!("{}: {} {}", facts.text(label), Nano(nano), facts.currency);
+    let first = match facts.redeemed {
+        Redeemed::Now(nano) => worth(["Added", "已充值"], nano),
+        Redeemed::Before(nano) => {
+            worth(["You have redeemed this code before; it added", "您已使用过此充值码，当时已充值"], nano)
         }
-        None => facts
-            .text([
+        Redeemed::Worthless => {
+            let nothing = [
                 "This code is worth nothing: it is unknown, used, expired or revoked.",
                 "充值码无效：不存在、已使用、已过期或已作废。",
-            ])
-            .to_owned(),
-    }
+            ];
+            return facts.text(nothing).to_owned();
+        }
+    };
+    [Some(first), balance(facts)].into_iter().flatten().collect::<Vec<_>>().join("\n")
 }

@@ -23,9 +23,7 @@ use crate::users::Key;
 /// Finished lines reach the store this often, or sooner when many wait.
 const SHIP_EVERY: Duration = Duration::from_secs(1);
 /// Lines of one transaction.
-pub(super) const SHIP_LINES: usize = 500;
-/// Grants ahead of need are looked for this often: what triggers one lasts several times as long.
-const AHEAD_EVERY: Duration = Duration::from_secs(5);
+pub(super) const SHIP_LINES: usize = 1000;
 /// Users of one transaction of grants: as many as keep it well under its time.
 const GRANT_USERS: usize = 200;
 /// A node that is short of money asks others for it so long.
@@ -114,7 +112,6 @@ impl Boot {
     /// Ships lines, says that the boot lives, returns idle leases and looks after boots that died, until it is fenced.
     pub async fn keep(self: &Arc<Boot>) {
         let shipping = async {
-            let mut looked_ahead = Instant::now();
             let mut ticks = interval(SHIP_EVERY);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
@@ -126,10 +123,7 @@ impl Boot {
                     },
                 }
                 self.ship_logged().await;
-                if looked_ahead.elapsed() >= AHEAD_EVERY {
-                    self.grant_ahead().await;
-                    looked_ahead = Instant::now();
-                }
+                self.grant_ahead().await;
             }
         };
         let living = async {
@@ -360,8 +354,12 @@ impl Boot {
         }
     }
 
-    /// Grants, in one transaction, to all whose room will not last: a call that finds room asks for nothing.
+    /// Grants, in one transaction, to all whose room is low, once that of one will not last: a call that finds room asks
+    /// for nothing, and most seconds bring no grant.
     async fn grant_ahead(&self) {
+        if !self.all_purses().iter().any(|purse| purse.is_nearly_out()) {
+            return;
+        }
         let purses: Vec<Arc<Purse>> = self.all_purses().into_iter().filter(|p| p.low_nano().is_some()).collect();
         for some in purses.chunks(GRANT_USERS) {
             let locked = some.iter().filter_map(|purse| Some((purse, purse.lease.try_lock().ok()?)));

@@ -155,6 +155,11 @@ impl Purse {
         low.then_some(ahead - room)
     }
 
+    /// Whether room is down to a quarter of what the user spends in [`AHEAD_S`], and a grant ahead would bring some.
+    pub fn is_nearly_out(&self) -> bool {
+        self.low_nano().is_some_and(|_| self.room() < self.ahead_nano() / 4)
+    }
+
     /// Whether no call has touched it for a while.
     pub fn is_idle(&self) -> bool {
         self.calls.load(Ordering::Acquire) == 0

@@ -197,19 +197,27 @@ pub async fn ship<T: Tx>(tx: &T, boot: BootId, from: u64, to: u64, mut lines: Ve
 
 /// Takes what new lines charge out of their leases; what these do not have, the lines no longer charge.
 async fn charge<T: Tx>(tx: &T, boot: BootId, lines: &mut [Line]) -> Result<(), StoreError> {
-    let mut users: Vec<i64> = lines.iter().filter(|line| line.charged_nano > 0).map(|line| line.user_id).collect();
-    users.sort_unstable();
-    users.dedup();
-    if users.is_empty() {
+    let mut charges: HashMap<i64, i64> = HashMap::new();
+    for line in lines.iter().filter(|line| line.charged_nano > 0) {
+        let charge = charges.entry(line.user_id).or_default();
+        *charge = charge.saturating_add(line.charged_nano);
+    }
+    if charges.is_empty() {
         return Ok(());
     }
-    // A lease may have less than its lines charge: it was forfeited, or its database was set back. Then what is left
-    // is charged, and the rest is the operator's.
+    let charged: HashSet<i64> = tx.charge_leases(boot, in_order(&charges)).await?.into_iter().collect();
+    charges.retain(|user_id, _| !charged.contains(user_id));
+    if charges.is_empty() {
+        return Ok(());
+    }
+    // A lease has less than its lines charge: it was forfeited, or its database was set back. Then what is left is
+    // charged, and the rest is the operator's.
+    let users = in_order(&charges).into_iter().map(|(user_id, _)| user_id).collect();
     let leased: HashMap<i64, i64> = tx.lease_amounts(boot, users).await?.into_iter().collect();
-    let mut charges: HashMap<i64, i64> = HashMap::new();
     let mut capped = Vec::new();
+    charges.values_mut().for_each(|charge| *charge = 0);
     for line in lines.iter_mut().filter(|line| line.charged_nano > 0) {
-        let charge = charges.entry(line.user_id).or_default();
+        let Some(charge) = charges.get_mut(&line.user_id) else { continue };
         let left = leased.get(&line.user_id).copied().unwrap_or(0) - *charge;
         let charged = line.charged_nano.min(left);
         *charge += charged;
@@ -219,12 +227,17 @@ async fn charge<T: Tx>(tx: &T, boot: BootId, lines: &mut [Line]) -> Result<(), S
             line.charged_nano = charged;
         }
     }
-    if !capped.is_empty() {
-        tx.cap_lines(boot, capped).await?;
-    }
-    let mut charges: Vec<(i64, i64)> = charges.into_iter().filter(|(_, charge)| *charge > 0).collect();
+    tx.cap_lines(boot, capped).await?;
+    charges.retain(|_, charge| *charge > 0);
+    let charged = tx.charge_leases(boot, in_order(&charges)).await?;
+    if charged.len() == charges.len() { Ok(()) } else { Err(StoreError::Moved) }
+}
+
+/// By user, in the order in which everybody locks them.
+fn in_order(charges: &HashMap<i64, i64>) -> Vec<(i64, i64)> {
+    let mut charges: Vec<(i64, i64)> = charges.iter().map(|(user_id, charge)| (*user_id, *charge)).collect();
     charges.sort_unstable();
-    tx.charge_leases(boot, charges).await
+    charges
 }
 
 pub async fn dangling<T: Tx>(tx: &T, lines: Vec<Line>) -> Result<Vec<u64>, StoreError> {

@@ -431,13 +431,14 @@ impl Tx for PgTx<'_> {
         Ok(())
     }
 
-    async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<(), StoreError> {
+    async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<Vec<i64>, StoreError> {
         let (users, amounts): (Vec<i64>, Vec<i64>) = charges.into_iter().unzip();
         let sql = "UPDATE leases SET amount_nano = amount_nano - charge.amount
                    FROM unnest($2::bigint[], $3::bigint[]) AS charge (user_id, amount)
-                   WHERE leases.boot = $1 AND leases.user_id = charge.user_id RETURNING 1";
-        self.query(sql, &[&&boot[..], &users, &amounts]).await?;
-        Ok(())
+                   WHERE leases.boot = $1 AND leases.user_id = charge.user_id AND leases.amount_nano >= charge.amount
+                   RETURNING leases.user_id";
+        let rows = self.query(sql, &[&&boot[..], &users, &amounts]).await?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     }
 }
 

@@ -222,13 +222,17 @@ impl Tx for Transaction<'_> {
         Ok(())
     }
 
-    async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<(), StoreError> {
-        let sql = "UPDATE leases SET amount_nano = amount_nano - ?3 WHERE user_id = ?1 AND boot = ?2";
+    async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<Vec<i64>, StoreError> {
+        let sql =
+            "UPDATE leases SET amount_nano = amount_nano - ?3 WHERE user_id = ?1 AND boot = ?2 AND amount_nano >= ?3";
         let mut charge = self.prepare_cached(sql)?;
+        let mut charged = Vec::with_capacity(charges.len());
         for (user, amount) in charges {
-            charge.execute(params![user, boot, amount])?;
+            if charge.execute(params![user, boot, amount])? == 1 {
+                charged.push(user);
+            }
         }
-        Ok(())
+        Ok(charged)
     }
 }
 

@@ -167,8 +167,8 @@ pub trait Tx {
     /// What a boot has leased of these users' money.
     async fn lease_amounts(&self, boot: BootId, users: Vec<i64>) -> Result<Vec<(i64, i64)>, StoreError>;
 
-    /// Takes charges, by user, out of a boot's leases.
-    async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<(), StoreError>;
+    /// Takes charges, by user, out of those of a boot's leases that have so much; whose they are.
+    async fn charge_leases(&self, boot: BootId, charges: Vec<(i64, i64)>) -> Result<Vec<i64>, StoreError>;
 
     /// Balances of these users, which nobody else may change until this transaction ends, with the number of live boots;
     /// the users come in order.

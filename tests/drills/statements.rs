@@ -75,7 +75,7 @@ fn a_thousand_calls_cost_twenty_statements_at_most_with_all_that_a_second_costs(
     assert!(per_s > 0.8 * PER_S as f64, "only {per_s} calls a second: too slow a machine to say anything");
     // Each of these with its BEGIN and COMMIT. More shipments than one a second would be those of many lines.
     let shipments = count("UPDATE boots SET shipped%").min(lasts.as_secs() + 1);
-    let each_second = 7 * shipments
+    let each_second = 6 * shipments
         + 4 * count("UPDATE boots SET seen_ms%")
         + count("SELECT sequence, kind, row_id FROM changes%")
         + 5 * count("WITH granted%").min(lasts.as_secs() + 1);

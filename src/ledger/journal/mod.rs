@@ -45,7 +45,7 @@ const KEPT: Duration = Duration::from_secs(3600);
 /// Calls that are copied out of an old segment at a time, so that workers do not wait long: a millisecond's work.
 const MOVED_AT_ONCE: usize = 128;
 /// Wakes the shipper before its second is over.
-const SHIP_AT_LINES: usize = 500;
+const SHIP_AT_LINES: usize = 1000;
 
 /// Why a new call cannot be written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

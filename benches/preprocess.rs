@@ -74,7 +74,8 @@ fn scenarios(c: &mut Criterion) {
                 let admitted = preprocess::admit(&world, black_box(Some(KEY.to_owned()))).expect("a key");
                 let named = preprocess::template::named(&made.config.commands, &head, &body);
                 assert!(named.is_empty());
-                let decided = preprocess::decide(&world, admitted, head.clone(), body.clone()).expect("a decision");
+                let decided =
+                    preprocess::decide(&world, admitted, Box::new(head.clone()), body.clone()).expect("a decision");
                 assert!(matches!(decided, Decision::Forward(_)));
             });
         });

@@ -565,7 +565,11 @@ impl Boot {
 
     /// Reads what has been charged against the limits of a key, where it has any that this node does not know.
     pub async fn know_limits(&self, key: &Key) -> Result<(), Error> {
-        let known = self.limited.know(&self.store, key, self.id, &self.journal).await;
+        if self.limited.knows(key) {
+            return Ok(());
+        }
+        // Boxed: it is rarely read, and every call would have to keep a place for it.
+        let known = Box::pin(self.limited.know(&self.store, key, self.id, &self.journal)).await;
         known.map_err(|error| {
             tracing::warn!(%error, "what has been charged against a limit could not be read");
             UNANSWERED

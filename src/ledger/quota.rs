@@ -146,9 +146,6 @@ impl Limited {
     /// Reads what has been charged to a key and its user, where they have limits and it is not known. Fails only where it
     /// never was: a database that is away stops nobody whose figures are there.
     pub async fn know(&self, store: &Store, key: &Key, boot: BootId, journal: &Journal) -> Result<(), StoreError> {
-        if self.unknown(key).is_empty() {
-            return Ok(());
-        }
         let _one_at_a_time = self.reading.lock().await;
         let unknown = self.unknown(key);
         if unknown.is_empty() {
@@ -167,6 +164,12 @@ impl Limited {
         }
         self.known().extend(unknown);
         Ok(())
+    }
+
+    /// Whether nothing has to be read for a key.
+    pub fn knows(&self, key: &Key) -> bool {
+        let is_unlimited = spendings(key).iter().all(|spending| !spending.is_limited());
+        is_unlimited || self.unknown(key).is_empty()
     }
 
     /// Limits of a key whose figures have to be read.

@@ -40,7 +40,7 @@ pub struct Draft {
     /// What came as the key.
     presented: Option<String>,
     key: Option<Arc<Key>>,
-    head: Option<Head>,
+    head: Option<Box<Head>>,
     /// The model to use, once a step has chosen another one than the client did.
     model_name: Option<String>,
     model: Option<Arc<Model>>,
@@ -52,7 +52,7 @@ pub struct Draft {
 #[derive(Debug)]
 pub struct Call {
     pub key: Arc<Key>,
-    pub head: Head,
+    pub head: Box<Head>,
     pub body: Bytes,
     pub model: Arc<Model>,
     /// What bounds each answer beside what the client said: the cap of a caught title.
@@ -61,7 +61,6 @@ pub struct Call {
 
 /// What the steps came to.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "made once a request and taken apart at once")]
 pub enum Decision {
     Forward(Call),
     Answer(Command),
@@ -114,7 +113,12 @@ pub fn admit(world: &World<'_>, presented: Option<String>) -> Result<Admitted, E
 }
 
 /// Runs the other steps: the one place where a draft becomes a call.
-pub fn decide(world: &World<'_>, Admitted(mut draft): Admitted, head: Head, body: Bytes) -> Result<Decision, Error> {
+pub fn decide(
+    world: &World<'_>,
+    Admitted(mut draft): Admitted,
+    head: Box<Head>,
+    body: Bytes,
+) -> Result<Decision, Error> {
     draft.head = Some(head);
     for step in STEPS.iter().filter(|step| step.needs == Needs::Body) {
         if let Some(command) = (step.run)(world, &mut draft)? {
@@ -135,7 +139,7 @@ pub fn decide(world: &World<'_>, Admitted(mut draft): Admitted, head: Head, body
 impl Draft {
     /// Key and head, for the steps behind those that set them.
     fn parts(&self) -> Result<(&Arc<Key>, &Head), Error> {
-        self.key.as_ref().zip(self.head.as_ref()).ok_or(Error::Internal)
+        self.key.as_ref().zip(self.head.as_deref()).ok_or(Error::Internal)
     }
 }
 

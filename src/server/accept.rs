@@ -4,19 +4,18 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::IpAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame, SizeHint};
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
@@ -40,13 +39,28 @@ const FILES_PER_CONNECTION: u64 = 2;
 /// After an error of `accept` (no files left, say) that would come again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How every connection of HTTP/2 begins (RFC 9113, section 3.4).
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Read of a connection before its protocol is known: most first requests whole.
+const FIRST_BYTES: usize = 4096;
+
+/// What connections may go on with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Serving,
+    /// They end once they have answered.
+    Draining,
+    /// They end as they are.
+    Aborting,
+}
+
 /// What a connection has to know to be served and to be stopped.
 #[derive(Clone)]
 pub struct Door {
     pub gateway: Arc<Gateway>,
     pub bounds: Bounds,
-    /// Ends them as they are.
-    pub abort: watch::Receiver<bool>,
+    /// Held by each connection until it has ended.
+    pub stage: watch::Receiver<Stage>,
 }
 
 /// Open connections of each address that has any.
@@ -118,21 +132,14 @@ impl Drop for Place {
 }
 
 /// Accepts until the future is dropped. At the bound of connections it waits, and the kernel's queue fills.
-///
-/// `graceful` asks connections to end once they have answered.
-pub async fn accept(
-    listener: TcpListener,
-    certificate: Option<Certificate>,
-    door: Door,
-    graceful: Arc<GracefulShutdown>,
-) {
+pub async fn accept(listener: TcpListener, certificate: Option<Certificate>, door: Door) {
     loop {
         let Ok(permit) = door.bounds.all.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((socket, address)) => {
                 let Some(place) = door.bounds.place(address.ip()) else { continue };
                 let (certificate, door) = (certificate.clone(), door.clone());
-                tokio::spawn(serve_socket(socket, certificate, door, graceful.watcher(), (permit, place)));
+                tokio::spawn(serve_socket(socket, certificate, door, (permit, place)));
             }
             Err(error) => {
                 tracing::warn!(%error, "accept failed");
@@ -146,27 +153,34 @@ async fn serve_socket(
     socket: TcpStream,
     certificate: Option<Certificate>,
     door: Door,
-    watcher: Watcher,
     _bounds: (OwnedSemaphorePermit, Place),
 ) {
     if socket.set_nodelay(true).is_err() {
         return; // closed already
     }
     match certificate {
-        None => serve(socket, door, watcher).await,
-        Some(certificate) => {
-            let accepting = Box::pin(certificate.acceptor().accept(socket));
-            if let Ok(Ok(socket)) = tokio::time::timeout(HANDSHAKE_MAX, accepting).await {
-                Box::pin(serve(socket, door, watcher)).await;
-            }
-        }
+        None => serve(socket, door).await,
+        // Boxed, so that a connection without TLS keeps no place for it.
+        Some(certificate) => Box::pin(serve_tls(socket, certificate, door)).await,
     }
 }
 
-async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(socket: T, door: Door, watcher: Watcher) {
+async fn serve_tls(socket: TcpStream, certificate: Certificate, door: Door) {
+    let accepting = Box::pin(certificate.acceptor().accept(socket));
+    if let Ok(Ok(socket)) = tokio::time::timeout(HANDSHAKE_MAX, accepting).await {
+        serve(socket, door).await;
+    }
+}
+
+async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(socket: T, door: Door) {
     let calls = Arc::new(Calls::default());
-    let socket = Guarded::new(socket, calls.clone(), door.bounds.deadlines());
-    let gateway = door.gateway;
+    let Door { gateway, bounds, mut stage } = door;
+    let mut socket = Guarded::new(socket, calls.clone(), bounds.deadlines());
+    let http2 = tokio::select! {
+        known = speaks_http2(&mut socket) => known,
+        _ = stage.wait_for(|stage| *stage != Stage::Serving) => return, // it has asked for nothing yet
+    };
+    let Ok(http2) = http2 else { return };
     let service = service_fn(move |request| {
         let (gateway, in_hand) = (gateway.clone(), calls.enter());
         // hyper keeps the place of this future for as long as the connection lives, also beside a stream: a pointer is small.
@@ -175,20 +189,54 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(socket: T, do
             Ok::<_, Infallible>(response.map(|body| Held { body, _in_hand: in_hand }))
         })
     });
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    // The guard has the deadlines; hyper's own would also end an idle connection.
-    builder.http1().header_read_timeout(None).max_headers(HEADERS_MAX).max_buf_size(HEAD_BYTES_MAX);
+    let socket = TokioIo::new(socket);
+    if !http2 {
+        let mut builder = http1::Builder::new();
+        // The guard has the deadlines; hyper's own would also end an idle connection.
+        builder.header_read_timeout(None).max_headers(HEADERS_MAX).max_buf_size(HEAD_BYTES_MAX);
+        let connection = builder.serve_connection(socket, service);
+        return until_over(connection, http1::Connection::graceful_shutdown, stage).await;
+    }
+    let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
-        .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(HTTP2_STREAMS_MAX)
         .max_header_list_size(HEAD_BYTES_MAX as u32);
-    let connection = builder.serve_connection(TokioIo::new(socket), service).into_owned();
-    let mut abort = door.abort;
+    let connection = builder.serve_connection(socket, service);
+    // Boxed, so that a connection of HTTP/1.1 keeps no place for it.
+    Box::pin(until_over(connection, http2::Connection::graceful_shutdown, stage)).await;
+}
+
+/// Reads until it is clear which protocol is spoken. What was read is given back, to be read again at once: hyper doubles a
+/// buffer of 8 KiB that has anything in it when more is read.
+async fn speaks_http2<T: AsyncRead + Unpin>(socket: &mut Guarded<T>) -> io::Result<bool> {
+    let mut first = BytesMut::with_capacity(FIRST_BYTES);
+    loop {
+        if socket.read_buf(&mut first).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let seen = first.len().min(HTTP2_PREFACE.len());
+        if first[..seen] != HTTP2_PREFACE[..seen] || seen == HTTP2_PREFACE.len() {
+            let http2 = seen == HTTP2_PREFACE.len() && first.starts_with(HTTP2_PREFACE);
+            socket.unread(first.freeze());
+            return Ok(http2);
+        }
+    }
+}
+
+/// Serves a connection to its end; `end` asks it to end once it has answered.
+async fn until_over<C: Future>(connection: C, end: fn(Pin<&mut C>), mut stage: watch::Receiver<Stage>) {
+    let mut connection = pin!(connection);
     tokio::select! {
+        biased;
         // What a client does to its connection is no news; what matters was settled when its reply was dropped.
-        _ = watcher.watch(connection) => {}
-        _ = abort.wait_for(|abort| *abort) => {}
+        _ = connection.as_mut() => return,
+        _ = stage.wait_for(|stage| *stage != Stage::Serving) => end(connection.as_mut()),
+    }
+    tokio::select! {
+        biased;
+        _ = connection => {}
+        _ = stage.wait_for(|stage| *stage == Stage::Aborting) => {}
     }
 }
 

@@ -17,6 +17,9 @@ use crate::upstream::{Rest, Stopped};
 
 /// A body must gain this much within the time that the configuration gives it.
 const PROGRESS_BYTES: usize = 64 << 10;
+/// A body up to this long is copied out of the connection's buffer of 8 KiB, which it would keep for as long as its answer
+/// streams.
+const COPIED_BYTES_MAX: usize = 4096;
 /// What is set aside for a body before its first byte has come.
 const CAPACITY_FIRST: usize = 64 << 10;
 /// The share of the machine's memory that bodies in flight may take: a quarter.
@@ -309,7 +312,13 @@ pub async fn read(
             joined.extend_from_slice(&data);
         }
     }
-    Ok((if joined.is_empty() { whole } else { joined.freeze() }, weight))
+    #[expect(clippy::disallowed_methods, reason = "a short copy is cheaper than the buffer that it frees")]
+    let whole = match joined.is_empty() {
+        true if whole.len() <= COPIED_BYTES_MAX => Bytes::copy_from_slice(&whole),
+        true => whole,
+        false => joined.freeze(),
+    };
+    Ok((whole, weight))
 }
 
 /// What this process may use: the control group's bound, else the machine's memory.

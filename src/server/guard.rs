@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
@@ -52,6 +53,8 @@ impl Drop for InHand {
 #[derive(Debug)]
 pub struct Guarded<T> {
     io: T,
+    /// Read before, to be read again.
+    unread: Bytes,
     calls: Arc<Calls>,
     deadlines: Deadlines,
     timer: Pin<Box<Sleep>>,
@@ -70,6 +73,7 @@ impl<T> Guarded<T> {
         let head_since = Some(now);
         Guarded {
             io,
+            unread: Bytes::new(),
             calls,
             deadlines,
             timer,
@@ -79,6 +83,11 @@ impl<T> Guarded<T> {
             first_read: true,
             http2: false,
         }
+    }
+
+    /// Gives back what was read, to be read again first.
+    pub fn unread(&mut self, bytes: Bytes) {
+        self.unread = bytes;
     }
 
     /// The nearest deadline as things stand.
@@ -136,6 +145,11 @@ impl<T> Guarded<T> {
 
 impl<T: AsyncRead + Unpin> AsyncRead for Guarded<T> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if !self.unread.is_empty() {
+            let count = self.unread.len().min(buffer.remaining());
+            buffer.put_slice(&self.unread.split_to(count));
+            return Poll::Ready(Ok(()));
+        }
         let before = buffer.filled().len();
         match Pin::new(&mut self.io).poll_read(cx, buffer) {
             Poll::Ready(Ok(())) => {

@@ -24,9 +24,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
+
+use accept::Stage;
 
 use crate::catalog::Catalog;
 use crate::config::{self, Config, CountPrompt};
@@ -174,18 +175,17 @@ impl Server {
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), StoreError> {
         let Server { gateway, master, doors: Doors { http, https }, changes, .. } = self;
         let config = gateway.snapshot.load_full();
-        let graceful = Arc::new(GracefulShutdown::new());
-        let (abort, aborted) = watch::channel(false);
+        let (stages, stage) = watch::channel(Stage::Serving);
         let bounds = accept::Bounds::new(&config.config.server);
-        let door = accept::Door { gateway: gateway.clone(), bounds, abort: aborted };
+        let door = accept::Door { gateway: gateway.clone(), bounds, stage };
 
         let mut tasks = tokio::task::JoinSet::new();
         if let Some(listener) = http {
-            tasks.spawn(accept::accept(listener, None, door.clone(), graceful.clone()));
+            tasks.spawn(accept::accept(listener, None, door.clone()));
         }
         if let Some((listener, certificate)) = https {
             tasks.spawn(certificate.clone().keep());
-            tasks.spawn(accept::accept(listener, Some(certificate), door, graceful.clone()));
+            tasks.spawn(accept::accept(listener, Some(certificate), door.clone()));
         }
         let books = tokio::spawn(gateway.ledger.clone().keep());
         let watching = tokio::spawn(watch_changes(gateway.clone(), gateway.store.clone(), master, changes));
@@ -195,14 +195,15 @@ impl Server {
         let patience = Duration::from_secs(config.config.server.drain_s);
         tracing::info!(open = gateway.ledger.open_lines(), ?patience, "draining");
         tasks.shutdown().await; // the doors close
+        drop(door);
         gateway.draining.store(true, Ordering::Release);
-        let graceful = Arc::into_inner(graceful).expect("the doors had the other ones");
-        let mut ending = std::pin::pin!(graceful.shutdown());
-        if tokio::time::timeout(patience, &mut ending).await.is_err() {
+        stages.send_replace(Stage::Draining);
+        // Each connection has a receiver for as long as it lives.
+        if tokio::time::timeout(patience, stages.closed()).await.is_err() {
             gateway.ledger.cut_off();
             gateway.stop.notify_waiters(); // an error event for every stream that is open
-            let _ = tokio::time::timeout(FAREWELL_MAX, &mut ending).await;
-            abort.send_replace(true);
+            let _ = tokio::time::timeout(FAREWELL_MAX, stages.closed()).await;
+            stages.send_replace(Stage::Aborting);
         }
         gateway.stop.notify_waiters(); // answers that are read on for nobody
         let stopped = gateway.ledger.stop(SETTLE_MAX).await;

@@ -15,7 +15,7 @@ use crate::upstream::Upload;
 
 /// A request that has been received.
 pub struct Received {
-    pub head: Head,
+    pub head: Box<Head>,
     /// All of it; the beginning where a form is still arriving.
     pub body: Bytes,
     /// What makes a body a form.
@@ -41,13 +41,13 @@ pub async fn receive(
     let Some(form) = announced else {
         body::check_media_type(&parts.headers)?;
         let (body, weight) = body::read(&gateway.bodies, body, bytes_max, progress).await?;
-        return Ok(Received { head: Head::read_as(api, &body)?, body, upload: None, weight });
+        return Ok(Received { head: Box::new(Head::read_as(api, &body)?), body, upload: None, weight });
     };
     // Images: how many are asked for decides the price, and may stand behind them.
     let whole = api.model_default.is_some();
     let begun = body::read_form(&gateway.bodies, form, body, bytes_max, progress, whole).await?;
     Ok(Received {
-        head: Head::of_form(api, &begun.fields)?,
+        head: Box::new(Head::of_form(api, &begun.fields)?),
         body: begun.begun,
         upload: Some(Upload::new(begun.boundary, begun.rest, begun.failure)),
         weight: begun.weight,

@@ -44,7 +44,7 @@ pub async fn expand(
     let mut head = Head::read_as(head.api, &body)?;
     // What stands there now is the template's: no command of the user's.
     head.ends_with_user &= !named.iter().zip(&stored).any(|(named, stored)| named.is_last && stored.is_some());
-    Ok(Received { head, body, upload, weight })
+    Ok(Received { head: Box::new(head), body, upload, weight })
 }
 
 /// Does what stands behind the command.

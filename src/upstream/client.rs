@@ -91,9 +91,9 @@ impl Pieces {
         Pieces { pieces: pieces.into_iter().collect(), at: 0, rest: None }
     }
 
-    /// The same with a rest that comes behind the pieces.
-    pub fn with_rest(self, rest: Option<Rest>) -> Pieces {
-        Pieces { rest, ..self }
+    /// A rest comes behind the pieces.
+    pub fn add_rest(&mut self, rest: Rest) {
+        self.rest = Some(rest);
     }
 
     /// Bytes left of the pieces.
@@ -116,9 +116,9 @@ impl Pieces {
         Some(self.len() as u64 + rest)
     }
 
-    /// The same again; `None` where a rest is still arriving, which comes once.
-    fn again(&self) -> Option<Pieces> {
-        self.rest.is_none().then(|| Pieces { pieces: self.pieces.clone(), at: self.at, rest: None })
+    /// Whether a rest is still arriving, which comes once.
+    pub fn comes_once(&self) -> bool {
+        self.rest.is_some()
     }
 }
 
@@ -191,15 +191,16 @@ impl std::fmt::Debug for Idle {
 }
 
 struct Http1 {
-    connection: http1::Connection<Io, Pieces>,
-    sender: http1::SendRequest<Pieces>,
+    // The body in a box: hyper keeps room for 32 requests beside each connection.
+    connection: http1::Connection<Io, Box<Pieces>>,
+    sender: http1::SendRequest<Box<Pieces>>,
     read: Arc<AtomicBool>,
 }
 
 /// An HTTP/2 connection, and one count for each of its streams.
 #[derive(Clone, Debug)]
 struct Shared {
-    sender: http2::SendRequest<Pieces>,
+    sender: http2::SendRequest<Box<Pieces>>,
     streams: Arc<()>,
 }
 
@@ -253,41 +254,50 @@ impl Client {
         Ok(Arc::new(Client { connector, connect_timeout, idle: Mutex::default(), shared: Mutex::default() }))
     }
 
-    /// Sends a request with an absolute URI; the head has to come within `first_byte`.
+    /// Sends a request with an absolute URI; the head has to come within `first_byte`. `again` makes the same request once
+    /// more, for a connection that closed before one byte of answer.
     pub async fn send(
         self: &Arc<Client>,
-        request: Request<Pieces>,
+        request: Request<Box<Pieces>>,
+        again: impl FnOnce() -> Option<Request<Box<Pieces>>>,
         first_byte: Duration,
     ) -> Result<Response<Source>, Broken> {
         let origin = origin(request.uri());
         let deadline = tokio::time::Instant::now() + first_byte;
+        let once = request.body().comes_once();
         let within = async {
             // Once on a pooled connection; when it closed without a byte of answer, once on a fresh one. What cannot be
-            // sent twice has no pooled one.
-            let pooled = match copy(&request) {
-                // An HTTP/2 connection tells whether it is there before anything is sent.
-                None => match self.take_shared(&origin) {
-                    Some(shared) => return self.send_http2(shared, request, &origin, deadline).await,
-                    None => Err(Broken::NoAnswer),
-                },
-                Some(request) => match self.take_idle(&origin) {
-                    Some(line) => self.send_http1(line, request, &origin).await,
-                    None => match self.take_shared(&origin) {
-                        Some(shared) => self.send_http2(shared, request, &origin, deadline).await,
-                        None => Err(Broken::NoAnswer),
-                    },
+            // sent twice has no pooled one; an HTTP/2 connection tells whether it is there before anything is sent.
+            let pooled = if once { None } else { self.take_idle(&origin) };
+            let unanswered = match (pooled, request) {
+                (Some(line), request) => self.send_http1(line, request, &origin).await,
+                (None, request) => match self.take_shared(&origin) {
+                    Some(shared) => Box::pin(self.send_http2(shared, request, &origin, deadline)).await,
+                    // Boxed: a connection is rarely made, and every request would have to keep a place for it.
+                    None => return Box::pin(self.send_fresh(request, &origin, deadline)).await,
                 },
             };
-            if !matches!(pooled, Err(Broken::NoAnswer)) {
-                return pooled;
-            }
-            // Boxed: a connection is rarely made, and every request would have to keep a place for it.
-            match Box::pin(self.connect(request.uri().clone(), &origin)).await? {
-                Connected::Http1(line) => self.send_http1(line, request, &origin).await,
-                Connected::Http2(shared) => self.send_http2(shared, request, &origin, deadline).await,
+            match unanswered {
+                Err(Broken::NoAnswer) if !once => {
+                    let request = again().ok_or(Broken::NoAnswer)?;
+                    Box::pin(self.send_fresh(request, &origin, deadline)).await
+                }
+                answered => answered,
             }
         };
         tokio::time::timeout_at(deadline, within).await.unwrap_or(Err(Broken::FirstByte))
+    }
+
+    async fn send_fresh(
+        self: &Arc<Client>,
+        request: Request<Box<Pieces>>,
+        origin: &Origin,
+        deadline: tokio::time::Instant,
+    ) -> Result<Response<Source>, Broken> {
+        match self.connect(request.uri().clone(), origin).await? {
+            Connected::Http1(line) => self.send_http1(line, request, origin).await,
+            Connected::Http2(shared) => self.send_http2(shared, request, origin, deadline).await,
+        }
     }
 
     async fn connect(&self, uri: Uri, origin: &Origin) -> Result<Connected, Broken> {
@@ -327,7 +337,7 @@ impl Client {
     async fn send_http1(
         self: &Arc<Client>,
         mut line: Box<Http1>,
-        mut request: Request<Pieces>,
+        mut request: Request<Box<Pieces>>,
         origin: &Origin,
     ) -> Result<Response<Source>, Broken> {
         // HTTP/1.1 wants the path alone.
@@ -360,7 +370,7 @@ impl Client {
     async fn send_http2(
         &self,
         mut shared: Shared,
-        request: Request<Pieces>,
+        request: Request<Box<Pieces>>,
         origin: &Origin,
         deadline: tokio::time::Instant,
     ) -> Result<Response<Source>, Broken> {
@@ -433,14 +443,6 @@ enum Connected {
 }
 
 /// The same request again, if it can be sent twice.
-fn copy(request: &Request<Pieces>) -> Option<Request<Pieces>> {
-    let mut copy = Request::new(request.body().again()?);
-    *copy.method_mut() = request.method().clone();
-    *copy.uri_mut() = request.uri().clone();
-    *copy.headers_mut() = request.headers().clone();
-    Some(copy)
-}
-
 fn origin(uri: &Uri) -> Origin {
     format!("{}://{}", uri.scheme_str().unwrap_or("http"), uri.authority().map_or("", |authority| authority.as_str()))
 }

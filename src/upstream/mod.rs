@@ -93,7 +93,7 @@ fn adapter(dialect: &str) -> Option<&'static Adapter> {
 #[derive(Debug)]
 pub struct Ask {
     pub model: Arc<Model>,
-    pub head: Head,
+    pub head: Box<Head>,
     pub body: Bytes,
     /// What `max_tokens` has to be lowered to.
     pub clamp: Option<u64>,
@@ -241,7 +241,8 @@ impl Upstream {
         let adapter = adapter(&permit.offer.endpoint.dialect).ok_or(Failure::last(Error::Internal))?;
         let response = match &adapter.via {
             Via::Http(request) | Via::Translated(request, _) => {
-                self.send(ask, request(ask, &permit).map_err(Failure::of_request)?).await?
+                let make = || request(ask, &permit).map(|request| request.map(Box::new));
+                self.send(ask, make().map_err(Failure::of_request)?, || make().ok()).await?
             }
             Via::Local(answer) => Response::new(Source::Local(answer(ask))),
         };
@@ -265,13 +266,18 @@ impl Upstream {
         }
     }
 
-    async fn send(&self, ask: &Ask, request: Request<Pieces>) -> Result<Response<Source>, Failure> {
+    async fn send(
+        &self,
+        ask: &Ask,
+        mut request: Request<Box<Pieces>>,
+        again: impl FnOnce() -> Option<Request<Box<Pieces>>>,
+    ) -> Result<Response<Source>, Failure> {
         let first_byte_s =
             if ask.head.stream { self.bounds.first_byte_timeout_s } else { self.bounds.answer_timeout_s };
-        let rest = ask.upload.as_ref().and_then(Upload::take_rest);
-        let (head, body) = request.into_parts();
-        let request = Request::from_parts(head, body.with_rest(rest));
-        let sent = self.client.send(request, Duration::from_secs(first_byte_s)).await;
+        if let Some(rest) = ask.upload.as_ref().and_then(Upload::take_rest) {
+            request.body_mut().add_rest(rest);
+        }
+        let sent = self.client.send(request, again, Duration::from_secs(first_byte_s)).await;
         let failed = sent.map_err(|broken| match broken {
             Broken::Connect => Failure::elsewhere(Error::UpstreamFailed { reason: "it cannot be reached" }),
             Broken::NoAnswer => Failure::elsewhere(Error::UpstreamFailed { reason: "it closed the connection" }),

@@ -44,6 +44,8 @@ const TIDY_EVERY: Duration = Duration::from_secs(1);
 const KEPT: Duration = Duration::from_secs(3600);
 /// Calls that are copied out of an old segment at a time, so that workers do not wait long: a millisecond's work.
 const MOVED_AT_ONCE: usize = 128;
+/// Lines that wait for their shipment in memory, too, so that it need not read the journal: two megabytes at most.
+const FRESH_LINES_MAX: usize = if cfg!(test) { 1 } else { 4096 };
 /// Wakes the shipper before its second is over.
 const SHIP_AT_LINES: usize = 1000;
 
@@ -131,6 +133,8 @@ struct Unshipped {
 #[derive(Clone, Debug)]
 enum Kept {
     At(At),
+    /// Written, and not yet read back: the first shipment takes it as it is.
+    Fresh(At, Box<Line>),
     /// Could not be written: kept here, shipped from here.
     Held(Box<Line>),
 }
@@ -269,6 +273,7 @@ impl Journal {
         let end = End { ordinal, line };
         let record = encode(Kind::End, end.line.sequence, &end);
         let line = match writer.append(&record) {
+            Ok(at) if writer.unshipped.len() + 1 < FRESH_LINES_MAX => Kept::Fresh(at, Box::new(end.line)),
             Ok(at) => Kept::At(at),
             Err(error) => {
                 self.fail(&error);
@@ -289,20 +294,26 @@ impl Journal {
         ordinal
     }
 
-    /// The next lines to ship, read back from the journal. A line that does not read is left to the next replay.
+    /// The next lines to ship, read back from the journal where they are not in memory. A line that does not read is left
+    /// to the next replay.
     ///
     /// They stay queued until [`Journal::shipped`] says that they are stored.
     pub fn unshipped(&self, lines_max: usize) -> Batch {
         let (from, mut to, items) = {
-            let writer = self.lock();
-            let items = writer.unshipped.iter().take(lines_max).map(|item| (item.ordinal, item.line.clone()));
-            (writer.shipped, writer.shipped, items.collect::<Vec<_>>())
+            let mut writer = self.lock();
+            let shipped = writer.shipped;
+            // Another shipment of the same reads it back.
+            let items = writer.unshipped.iter_mut().take(lines_max).map(|Unshipped { ordinal, line }| {
+                let read_next = if let Kept::Fresh(at, _) = line { Kept::At(at.clone()) } else { line.clone() };
+                (*ordinal, std::mem::replace(line, read_next))
+            });
+            (shipped, shipped, items.collect::<Vec<_>>())
         };
         let mut lines = Vec::with_capacity(items.len());
         for (ordinal, item) in items {
             to = ordinal;
             match item {
-                Kept::Held(line) => lines.push(*line),
+                Kept::Held(line) | Kept::Fresh(_, line) => lines.push(*line),
                 Kept::At(at) => match read_back(&at.file, at.offset, at.length) {
                     Ok(line) => lines.push(line),
                     Err(error) => {

@@ -10,10 +10,7 @@ use memchr::memmem;
 use tokio::task::JoinSet;
 
 use crate::wire::Connection;
-use crate::{KEY, Outcome, mock};
-
-/// Connections of a closed loop.
-pub const CONNECTIONS: usize = 16;
+use crate::{KEY, MAPPED, MODEL, Outcome, mock};
 
 /// The longest that any one measurement may take: past it a proxy has lost an answer.
 const MEASUREMENT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -25,32 +22,38 @@ pub struct Question {
 }
 
 enum Answer {
-    Whole,
+    Whole { model: String },
     Stream { chunks: usize },
 }
 
 impl Question {
-    /// A prompt of 1 KB, answered in one piece.
-    pub fn short() -> Question {
-        Question { bytes: request(""), answer: Answer::Whole }
+    /// A prompt of so many bytes for a model, answered in one piece.
+    pub fn whole(model: &str, prompt_bytes: usize) -> Question {
+        Question { bytes: request(model, "", prompt_bytes), answer: Answer::Whole { model: model.to_owned() } }
     }
 
-    /// The same prompt, answered in [`mock::CHUNKS`] chunks as fast as they go.
-    pub fn stream() -> Question {
-        Question { bytes: request(r#""stream":true,"#), answer: Answer::Stream { chunks: mock::CHUNKS } }
+    /// A prompt of 1 KB, answered in [`mock::CHUNKS`] chunks as fast as they go.
+    pub fn stream(model: &str) -> Question {
+        Question { bytes: request(model, r#""stream":true,"#, 1024), answer: Answer::Stream { chunks: mock::CHUNKS } }
     }
 
     /// The same prompt, answered in `chunks` chunks, one each `pace_ms`.
     pub fn paced(chunks: usize, pace_ms: u64) -> Question {
         let fields = format!(r#""stream":true,"mock_chunks":{chunks},"mock_pace_ms":{pace_ms},"#);
-        Question { bytes: request(&fields), answer: Answer::Stream { chunks } }
+        Question { bytes: request(MODEL, &fields, 1024), answer: Answer::Stream { chunks } }
     }
 
     fn check(&self, body: &[u8]) -> io::Result<()> {
-        match self.answer {
-            Answer::Whole if body == mock::ANSWER.as_bytes() => Ok(()),
-            Answer::Whole => Err(wrong("another answer than the upstream gave", body)),
-            Answer::Stream { chunks } => {
+        match &self.answer {
+            Answer::Whole { .. } if body == mock::ANSWER.as_bytes() => Ok(()),
+            // The gateway gives a mapped model's name back.
+            Answer::Whole { model }
+                if model == MAPPED && body == mock::ANSWER.replace(mock::MODEL, MAPPED).as_bytes() =>
+            {
+                Ok(())
+            }
+            Answer::Whole { .. } => Err(wrong("another answer than the upstream gave", body)),
+            &Answer::Stream { chunks } => {
                 let found = memmem::find_iter(body, b"data: {").count();
                 if found == chunks && body.ends_with(b"data: [DONE]\n\n") {
                     return Ok(());
@@ -61,11 +64,12 @@ impl Question {
     }
 }
 
-fn request(fields: &str) -> Vec<u8> {
-    let prompt = "Explain in plain words what a reverse proxy does between a client and a server. ".repeat(13);
+fn request(model: &str, fields: &str, prompt_bytes: usize) -> Vec<u8> {
+    let sentence = "Explain in plain words what a reverse proxy does between a client and a server. ";
+    let prompt = sentence.repeat(prompt_bytes / sentence.len() + 1);
     let body = format!(
-        r#"{{"model":"gpt-4o",{fields}"temperature":0.7,"messages":[{{"role":"system","content":"You are brief."}},{{"role":"user","content":"{}"}}]}}"#,
-        &prompt[..1024]
+        r#"{{"model":"{model}",{fields}"temperature":0.7,"messages":[{{"role":"system","content":"You are brief."}},{{"role":"user","content":"{}"}}]}}"#,
+        &prompt[..prompt_bytes]
     );
     let head = format!(
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n\
@@ -82,7 +86,7 @@ fn wrong(what: &str, body: &[u8]) -> io::Error {
 
 /// One question on a connection of its own: is the proxy ready?
 pub async fn ask_once(address: SocketAddr) -> io::Result<()> {
-    ask(&mut Connection::open(address).await?, &Question::short(), &mut Vec::new()).await
+    ask(&mut Connection::open(address).await?, &Question::whole(MODEL, 1024), &mut Vec::new()).await
 }
 
 async fn ask(connection: &mut Connection, question: &Question, body: &mut Vec<u8>) -> io::Result<()> {

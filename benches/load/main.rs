@@ -1,6 +1,6 @@
 //! What the gateway costs beside nginx and beside a proxy of bare hyper: CPU, speed, added time, memory.
 //!
-//! `cargo build --release && cargo bench --bench load` runs all of it in about three minutes and prints one table;
+//! `cargo build --release && cargo bench --bench load` runs all of it in about ten minutes and prints its tables;
 //! `-- --quick` is a smoke test of one short round. Each proxy has core 0 to itself while it is measured; this driver
 //! and its upstream share core 1. The proxies take turns within each round, so that a machine which slows down slows
 //! all of them. Every answer is checked whole. Needs `nginx` and `taskset` on the PATH.
@@ -24,7 +24,7 @@ use rustix::process::{Resource, Rlimit, getpid, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use measure::{Questions, Size};
+use measure::{SCENARIOS, Size};
 use process::Process;
 use proxies::{KINDS, Place, Proxy};
 use report::Row;
@@ -35,14 +35,18 @@ pub type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 /// The user's key, which every proxy is sent and only the gateway reads.
 pub const KEY: &str = "sk-0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKL";
 
+/// A model that every proxy passes on, and one that the gateway knows under another name than the upstream.
+pub const MODEL: &str = "gpt-4o";
+pub const MAPPED: &str = "mapped";
+
 /// The longest that the whole run may take.
-const RUN_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+const RUN_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 const PROXY_CORE: usize = 0;
 const DRIVER_CORE: usize = 1;
 
-const FULL: Size = Size { requests: 8000, streams: 800, paced_chunks: 64, latency_requests: 400 };
-const QUICK: Size = Size { requests: 800, streams: 160, paced_chunks: 16, latency_requests: 100 };
+const FULL: Size = Size { requests: 8000, streams: 800, paced_chunks: 40, latency_requests: 400 };
+const QUICK: Size = Size { requests: 800, streams: 160, paced_chunks: 8, latency_requests: 100 };
 
 #[derive(Parser)]
 struct Args {
@@ -57,8 +61,8 @@ struct Args {
     /// Rounds of the CPU and latency parts.
     #[arg(long, global = true, default_value_t = 7)]
     rounds: usize,
-    /// Streams held open at once in the memory part.
-    #[arg(long, global = true, default_value_t = 1000)]
+    /// Streams held open at once in the memory part: two files each in the proxy.
+    #[arg(long, global = true, default_value_t = 9000)]
     held: usize,
     /// Cargo passes this to every bench.
     #[arg(long, global = true, hide = true)]
@@ -67,7 +71,7 @@ struct Args {
 
 #[derive(Subcommand, Clone, Copy, PartialEq)]
 enum Part {
-    /// CPU time per request and per stream, and requests a second.
+    /// CPU time of each scenario, and requests a second.
     Cpu,
     /// Added time at a fixed rate.
     Latency,
@@ -159,9 +163,8 @@ async fn run(args: &Args, part: Option<Part>, cores: Cores) -> Outcome<()> {
     let (size, rounds, held) =
         if args.quick { (QUICK, 1, args.held.min(100)) } else { (FULL, args.rounds.clamp(1, 100), args.held) };
     let folder = tempfile::tempdir()?;
-    let (_mock, upstream) = start_mock(cores, folder.path())?;
+    let (mock, upstream) = start_mock(cores, folder.path())?;
     let place = Place { folder: folder.path(), upstream, core: cores.proxy, gateway: &args.gateway };
-    let questions = Questions::new(size);
     let wants = |one: Part| part.is_none() || part == Some(one);
 
     let mut rows: Vec<Row> = Vec::new();
@@ -171,11 +174,12 @@ async fn run(args: &Args, part: Option<Part>, cores: Cores) -> Outcome<()> {
             println!("No gateway at {}: its row is left out.", args.gateway.display());
             continue;
         }
-        rows.push(Row { name: kind.name, costs: vec![], latencies: vec![], resident_per_stream_kib: None });
+        let costs = SCENARIOS.iter().map(|_| Vec::new()).collect();
+        rows.push(Row { name: kind.name, costs, latencies: vec![], resident_per_stream_kib: None });
         if wants(Part::Memory) {
             let proxy = kind.start(&place).await?;
-            measure::warm_up(proxy.address, &questions, size).await?;
-            let kib = measure::resident_per_stream_kib(&proxy, &questions, held).await?;
+            measure::warm_up(proxy.address, size).await?;
+            let kib = measure::resident_per_stream_kib(&proxy, held).await?;
             rows.last_mut().expect("pushed above").resident_per_stream_kib = Some(kib);
         }
         running.push(kind.start(&place).await?);
@@ -184,18 +188,20 @@ async fn run(args: &Args, part: Option<Part>, cores: Cores) -> Outcome<()> {
     let mut direct = Vec::new();
     for round in 0..rounds {
         if wants(Part::Latency) {
-            direct.extend(measure::latency(upstream, &questions, size).await?);
+            direct.extend(measure::latency(upstream, size).await?);
         }
         // Another goes first each time: what the one before leaves behind must not always meet the same.
         for turn in 0..running.len() {
             let at = (turn + round) % running.len();
             let (proxy, row) = (&running[at], &mut rows[at]);
-            measure::warm_up(proxy.address, &questions, size).await?;
+            measure::warm_up(proxy.address, size).await?;
             if wants(Part::Cpu) {
-                row.costs.push(measure::cost(proxy, &questions, size).await?);
+                for (scenario, costs) in SCENARIOS.iter().zip(&mut row.costs) {
+                    costs.push(measure::cost(proxy, mock.id(), scenario, size).await?);
+                }
             }
             if wants(Part::Latency) {
-                row.latencies.extend(measure::latency(proxy.address, &questions, size).await?);
+                row.latencies.extend(measure::latency(proxy.address, size).await?);
             }
         }
         println!("round {} of {rounds} done", round + 1);

@@ -19,6 +19,9 @@ pub const CHUNKS: usize = 64;
 /// The most chunks that a request may ask for.
 const CHUNKS_MAX: usize = 100_000;
 
+/// The model that it says it used.
+pub const MODEL: &str = "gpt-4o-2024-08-06";
+
 /// The one answer to a request that does not stream.
 pub const ANSWER: &str = concat!(
     r#"{"id":"chatcmpl-CaZ9vIpRUz0Q8yfW2mDk3nX7sLt4b","object":"chat.completion","created":1760000000,"#,

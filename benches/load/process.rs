@@ -108,10 +108,15 @@ pub struct Spent {
 }
 
 impl Spent {
-    /// Reads the scheduler's count of every thread.
+    /// Reads the scheduler's count of every thread of a process and of those that it has started.
     pub fn read(process: u32) -> Outcome<Spent> {
+        Spent::of(&family(process)?)
+    }
+
+    /// Reads the count of these processes alone.
+    pub fn of(processes: &[u32]) -> Outcome<Spent> {
         let mut spent = Spent { by_thread_ns: HashMap::new(), ticks_ns: 0 };
-        for id in family(process)? {
+        for &id in processes {
             spent.ticks_ns += ticks(id)? * TICK_NS;
             for task in fs::read_dir(format!("/proc/{id}/task"))? {
                 let task = task?;

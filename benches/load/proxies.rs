@@ -87,10 +87,11 @@ fn nginx_config(folder: &Path, address: SocketAddr, upstream: SocketAddr) -> Str
 worker_processes 1;
 pid {folder}/nginx.pid;
 error_log {folder}/error.log;
-events {{ worker_connections 15000; }}
+events {{ worker_connections 19900; }}
 http {{
 {temporary}    access_log off;
     keepalive_requests 1000000000;
+    client_body_buffer_size 1m;
     upstream mock {{ server {upstream}; keepalive 256; keepalive_requests 1000000000; }}
     server {{
         listen {address};
@@ -144,8 +145,12 @@ first_balance = \"1000000.00\"
 [endpoints.openai]
 dialect = \"openai\"
 base_url = \"http://{upstream}/v1\"
-models = [\"gpt-4o\"]
+models = [\"gpt-4o\", \"mapped\"]
+mapping = {{ mapped = \"gpt-4o\" }}
 [models.\"gpt-4o\"]
+input = \"2.50\"
+output = \"10.00\"
+[models.mapped]
 input = \"2.50\"
 output = \"10.00\"
 ",

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::IpAddr;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -194,7 +194,7 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(socket: T, do
         let mut builder = http1::Builder::new();
         // The guard has the deadlines; hyper's own would also end an idle connection.
         builder.header_read_timeout(None).max_headers(HEADERS_MAX).max_buf_size(HEAD_BYTES_MAX);
-        let connection = builder.serve_connection(socket, service);
+        let connection = Box::pin(builder.serve_connection(socket, service));
         return until_over(connection, http1::Connection::graceful_shutdown, stage).await;
     }
     let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -202,9 +202,8 @@ async fn serve<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(socket: T, do
         .timer(TokioTimer::new())
         .max_concurrent_streams(HTTP2_STREAMS_MAX)
         .max_header_list_size(HEAD_BYTES_MAX as u32);
-    let connection = builder.serve_connection(socket, service);
-    // Boxed, so that a connection of HTTP/1.1 keeps no place for it.
-    Box::pin(until_over(connection, http2::Connection::graceful_shutdown, stage)).await;
+    let connection = Box::pin(builder.serve_connection(socket, service));
+    until_over(connection, http2::Connection::graceful_shutdown, stage).await;
 }
 
 /// Reads until it is clear which protocol is spoken. What was read is given back, to be read again at once: hyper doubles a
@@ -224,9 +223,9 @@ async fn speaks_http2<T: AsyncRead + Unpin>(socket: &mut Guarded<T>) -> io::Resu
     }
 }
 
-/// Serves a connection to its end; `end` asks it to end once it has answered.
-async fn until_over<C: Future>(connection: C, end: fn(Pin<&mut C>), mut stage: watch::Receiver<Stage>) {
-    let mut connection = pin!(connection);
+/// Serves a connection to its end; `end` asks it to end once it has answered. The connection is in a box, since a future
+/// that awaits another one keeps the place of both.
+async fn until_over<C: Future>(mut connection: Pin<Box<C>>, end: fn(Pin<&mut C>), mut stage: watch::Receiver<Stage>) {
     tokio::select! {
         biased;
         // What a client does to its connection is no news; what matters was settled when its reply was dropped.

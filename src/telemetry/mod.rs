@@ -1,14 +1,14 @@
 //! Logs, metrics and request ids. Nothing of a prompt, an answer or a key is ever logged.
 
+mod log;
 mod metrics;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub use log::Guard;
 pub use metrics::{Metrics, Tokens};
-use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 /// Days of log files that are kept.
 const LOG_FILES_MAX: usize = 14;
@@ -16,14 +16,14 @@ const LOG_FILES_MAX: usize = 14;
 /// Starts logging, to standard error or to files that change daily; lines are written by a thread of their own.
 ///
 /// The guard writes what is left when it is dropped. `RUST_LOG` wins over `level`. Fails with what is wrong with either.
-pub fn start(level: &str, json: bool, file: Option<&Path>) -> Result<WorkerGuard, String> {
+pub fn start(level: &str, json: bool, file: Option<&Path>) -> Result<Guard, String> {
     let filter = match std::env::var("RUST_LOG") {
         Ok(filter) if !filter.is_empty() => EnvFilter::try_new(filter),
         _ => EnvFilter::try_new(level),
     };
     let filter = filter.map_err(|error| format!("log level: {error}"))?;
-    let (writer, guard) = match file {
-        None => tracing_appender::non_blocking(std::io::stderr()),
+    let gathered = match file {
+        None => log::gather(std::io::stderr()),
         Some(file) => {
             let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
             let name = file.file_name().and_then(|name| name.to_str()).ok_or("log.file: it must name a file")?;
@@ -33,10 +33,11 @@ pub fn start(level: &str, json: bool, file: Option<&Path>) -> Result<WorkerGuard
                 .max_log_files(LOG_FILES_MAX)
                 .build(folder)
                 .map_err(|error| format!("log.file: {error}"))?;
-            tracing_appender::non_blocking(appender)
+            log::gather(appender)
         }
     };
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(BoxMakeWriter::new(writer));
+    let (lines, guard) = gathered.map_err(|error| format!("log: {error}"))?;
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(lines);
     let started = match json {
         true => tracing::subscriber::set_global_default(subscriber.json().flatten_event(true).finish()),
         false => tracing::subscriber::set_global_default(subscriber.with_ansi(false).with_target(false).finish()),

@@ -24,7 +24,6 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use smallvec::SmallVec;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 
 use super::translate::Translated;
 
@@ -44,12 +43,17 @@ const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-type Socket = TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>;
 type Io = TokioIo<Watched>;
+
+/// Either kind of socket.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// A socket that tells whether a byte has come from it since it was last asked.
 struct Watched {
-    socket: Socket,
+    /// In a box: TLS takes a kilobyte, of which a connection without it would keep the place.
+    socket: Box<dyn Stream>,
     read: Arc<AtomicBool>,
 }
 
@@ -309,7 +313,11 @@ impl Client {
             .map_err(|_| Broken::Connect)?;
         let read = Arc::new(AtomicBool::new(false));
         let http2 = io.connected().is_negotiated_h2();
-        let io = TokioIo::new(Watched { socket: TokioIo::new(io), read: read.clone() });
+        let socket: Box<dyn Stream> = match io {
+            MaybeHttpsStream::Http(tcp) => Box::new(tcp.into_inner()),
+            MaybeHttpsStream::Https(tls) => Box::new(tls.into_inner()),
+        };
+        let io = TokioIo::new(Watched { socket, read: read.clone() });
         if http2 {
             let (sender, connection) = http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())

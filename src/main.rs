@@ -54,8 +54,11 @@ fn run(cli: Cli) -> Result<bool, Failure> {
     let master = MasterKey::load(master.as_deref(), &config.data_dir.join("master.key"))?;
     if let Command::Serve = command {
         let workers = config.server.workers;
-        let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        if workers > 0 {
+        let mut runtime = match workers {
+            1 => tokio::runtime::Builder::new_current_thread(),
+            _ => tokio::runtime::Builder::new_multi_thread(),
+        };
+        if workers > 1 {
             runtime.worker_threads(workers);
         }
         return runtime.enable_all().build()?.block_on(serve(config, master));

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use super::journal::Journal;
 use crate::error::Error;
@@ -138,29 +139,43 @@ impl Quota {
 #[derive(Debug, Default)]
 pub(super) struct Limited {
     known: Mutex<HashMap<Owner, Arc<Spending>>>,
-    /// One reads at a time, so that no older figure takes the place of a newer one.
-    reading: tokio::sync::Mutex<()>,
+    /// One reads at a time, so that no older figure takes the place of a newer one. Holds when a read failed last.
+    reading: tokio::sync::Mutex<Option<Instant>>,
 }
+
+/// Who waited while a read failed does not try again for so long: in an outage nobody waits for more than one of them.
+const FAILED_FOR: Duration = Duration::from_secs(1);
 
 impl Limited {
     /// Reads what has been charged to a key and its user, where they have limits and it is not known. Fails only where it
     /// never was: a database that is away stops nobody whose figures are there.
     pub async fn know(&self, store: &Store, key: &Key, boot: BootId, journal: &Journal) -> Result<(), StoreError> {
-        let _one_at_a_time = self.reading.lock().await;
+        let mut failed = self.reading.lock().await;
         let unknown = self.unknown(key);
         if unknown.is_empty() {
             return Ok(());
         }
+        let is_away = failed.is_some_and(|failed| failed.elapsed() < FAILED_FOR);
         // What is stored meanwhile may be counted twice until the next shipment, and never not at all.
         let (ordinal, now) = (journal.watermark(), now_ms());
-        match store.spent(unknown.iter().map(|(owner, _)| *owner).collect(), now).await {
+        let owners = unknown.iter().map(|(owner, _)| *owner).collect();
+        let spent = match is_away {
+            true => Err(StoreError::Unreached("it did not answer a moment ago".into())),
+            false => store.spent(owners, now).await,
+        };
+        match spent {
             Ok(spent) => {
+                *failed = None;
                 for (owner, spending) in &unknown {
                     spending.shipped(spent.get(owner).copied().unwrap_or_default(), boot, ordinal, now);
                 }
             }
-            Err(_) if unknown.iter().all(|(_, spending)| spending.is_read()) => {}
-            Err(error) => return Err(error),
+            Err(error) => {
+                *failed = if is_away { *failed } else { Some(Instant::now()) };
+                if !unknown.iter().all(|(_, spending)| spending.is_read()) {
+                    return Err(error);
+                }
+            }
         }
         self.known().extend(unknown);
         Ok(())

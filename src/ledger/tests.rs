@@ -655,3 +655,30 @@ async fn a_line_that_was_changed_does_not_recompute() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_key_whose_figures_were_read_goes_on_without_the_database_and_another_is_told_to_wait() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(100)).await;
+        let mut node = Node::quiet(store).await;
+        node.store = Store { faults: Arc::default(), ..store.clone() };
+        let faults = node.ledger.store.faults.clone();
+        node.call(10).await;
+        node.pass_seconds().await;
+        // Nothing of it is held, so that it is read before the next call; that fails, and what is known serves.
+        faults.lose_the_connection();
+        node.call(10).await;
+        let other = store.keys(None).await.unwrap().into_iter().find(|key| key.name == "other").unwrap().id;
+        store.limit_key(other, total(50)).await.unwrap();
+        node.users.apply(store, &Change::Key(other)).await.unwrap();
+        for _ in 0..3 {
+            // Within a second of that failure nobody tries again.
+            let refused = node.open_with(OTHER, "r", 5).await.unwrap_err();
+            assert!(matches!(refused, Error::NodeUnavailable { .. }), "{refused:?}");
+        }
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        node.open_with(OTHER, "r", 5).await.unwrap().end(answered(5));
+        node.pass_seconds().await;
+        node.assert_books().await;
+    }
+}

@@ -638,3 +638,20 @@ fn a_debit_gets_the_money_of_a_user_whose_calls_go_on() {
     let (text, good) = run(path, &["audit"]);
     assert!(good, "{text}");
 }
+
+#[test]
+fn one_worker_serves_ships_and_stops_like_several() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut gateway = Gateway::start(folder.path(), |command| {
+        command.env("GPT_CAT_SERVER__WORKERS", "1");
+    });
+    let calls: Vec<TcpStream> = (0..8).map(|_| gateway.ask(DEMO)).collect();
+    for mut call in calls {
+        let mut reply = String::new();
+        call.read_to_string(&mut reply).unwrap();
+        assert!(reply.contains("[DONE]"), "{reply}");
+    }
+    wait_for_lines(folder.path(), 8);
+    assert_eq!(gateway.signal("-TERM"), 0);
+    assert!(run(folder.path(), &["audit"]).1);
+}

@@ -43,6 +43,17 @@ impl Question {
         Question { bytes: request(MODEL, &fields, 1024), answer: Answer::Stream { chunks } }
     }
 
+    /// A text as the prompt, answered in one piece.
+    pub fn prompt(text: &str) -> Question {
+        Question { bytes: ask_for("", text), answer: Answer::Whole { model: MODEL.to_owned() } }
+    }
+
+    /// A stream of one of the hostile texts, in so many deltas.
+    pub fn text(number: usize, deltas: usize) -> Question {
+        let fields = format!(r#""stream":true,"mock_text":{number},"#);
+        Question { bytes: ask_for(&fields, "Go on."), answer: Answer::Stream { chunks: deltas + 1 } }
+    }
+
     fn check(&self, body: &[u8]) -> io::Result<()> {
         match &self.answer {
             Answer::Whole { .. } if body == mock::ANSWER.as_bytes() => Ok(()),
@@ -71,12 +82,21 @@ fn request(model: &str, fields: &str, prompt_bytes: usize) -> Vec<u8> {
         r#"{{"model":"{model}",{fields}"temperature":0.7,"messages":[{{"role":"system","content":"You are brief."}},{{"role":"user","content":"{}"}}]}}"#,
         &prompt[..prompt_bytes]
     );
+    post(&body)
+}
+
+fn post(body: &str) -> Vec<u8> {
     let head = format!(
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n\
          content-type: application/json\r\naccept: application/json\r\nuser-agent: load\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
-    [head, body].concat().into_bytes()
+    [&head, body].concat().into_bytes()
+}
+
+fn ask_for(fields: &str, prompt: &str) -> Vec<u8> {
+    let prompt = serde_json::Value::from(prompt);
+    post(&format!(r#"{{"model":"{MODEL}",{fields}"messages":[{{"role":"user","content":{prompt}}}]}}"#))
 }
 
 fn wrong(what: &str, body: &[u8]) -> io::Error {

@@ -7,6 +7,7 @@
 
 mod bare;
 mod drive;
+mod hostile;
 mod measure;
 mod mock;
 mod process;
@@ -77,6 +78,8 @@ enum Part {
     Latency,
     /// Resident memory per open stream.
     Memory,
+    /// What hostile texts cost, and what others notice of them; only when it is asked for.
+    Hostile,
     /// The upstream, in a process of its own.
     #[command(hide = true)]
     Mock,
@@ -164,7 +167,10 @@ async fn run(args: &Args, part: Option<Part>, cores: Cores) -> Outcome<()> {
         if args.quick { (QUICK, 1, args.held.min(100)) } else { (FULL, args.rounds.clamp(1, 100), args.held) };
     let folder = tempfile::tempdir()?;
     let (mock, upstream) = start_mock(cores, folder.path())?;
-    let place = Place { folder: folder.path(), upstream, core: cores.proxy, gateway: &args.gateway };
+    let place = Place { folder: folder.path(), upstream, core: cores.proxy, gateway: &args.gateway, more: "" };
+    if part == Some(Part::Hostile) {
+        return hostile::run(&place).await;
+    }
     let wants = |one: Part| part.is_none() || part == Some(one);
 
     let mut rows: Vec<Row> = Vec::new();

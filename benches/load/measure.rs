@@ -156,6 +156,15 @@ pub async fn latency(address: SocketAddr, size: Size) -> Outcome<Vec<Duration>> 
     drive::open_loop(address, &question, LATENCY_RATE, size.latency_requests).await
 }
 
+/// Requests a second beside hostile ones, and how many.
+const PROBE_RATE: u32 = 100;
+const PROBES: usize = 200;
+
+/// Times of small requests while something else is going on.
+pub async fn probe(address: SocketAddr) -> Outcome<Vec<Duration>> {
+    drive::open_loop(address, &Arc::new(Question::whole(MODEL, 64)), PROBE_RATE, PROBES).await
+}
+
 /// KiB of resident memory that each of `count` open streams adds to a proxy that has just been warmed up.
 pub async fn resident_per_stream_kib(proxy: &Proxy, count: usize) -> Outcome<f64> {
     let id = proxy.process.id();

@@ -123,6 +123,9 @@ async fn converse(mut connection: Connection, answers: &Answers) -> io::Result<(
 
 async fn stream(connection: &mut Connection, body: &[u8], answers: &Answers) -> io::Result<()> {
     let chunks = number(body, br#""mock_chunks":"#).unwrap_or(CHUNKS).clamp(1, CHUNKS_MAX);
+    if let Some(text) = number(body, br#""mock_text":"#) {
+        return stream_text(connection, text, answers).await;
+    }
     let pace = number(body, br#""mock_pace_ms":"#).map(|ms| Duration::from_millis(ms as u64));
     connection.write(&answers.stream_head).await?;
     for at in 0..chunks - 1 {
@@ -136,6 +139,20 @@ async fn stream(connection: &mut Connection, body: &[u8], answers: &Answers) -> 
     if memmem::find(body, b"include_usage").is_some() {
         connection.write(&answers.usage).await?;
     }
+    connection.write(&answers.done).await
+}
+
+/// One of the hostile texts, without a usage, so that what was counted is billed.
+async fn stream_text(connection: &mut Connection, number: usize, answers: &Answers) -> io::Result<()> {
+    let text = crate::hostile::TEXTS.get(number).ok_or(io::ErrorKind::InvalidInput)?;
+    connection.write(&answers.stream_head).await?;
+    for (at, delta) in text.deltas().iter().enumerate() {
+        let content = serde_json::Value::from(delta.as_str());
+        let choices =
+            format!(r#"[{{"index":0,"delta":{{"content":{content}}},"logprobs":null,"finish_reason":null}}]"#);
+        connection.write(&chunk(&event(&choices, "null", at))).await?;
+    }
+    connection.write(&answers.last_chunk).await?;
     connection.write(&answers.done).await
 }
 

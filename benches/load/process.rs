@@ -142,10 +142,19 @@ impl Spent {
 
 /// Resident memory of a process and its children, in KiB.
 pub fn resident_kib(process: u32) -> Outcome<u64> {
+    status_kib(process, "VmRSS:")
+}
+
+/// The most resident memory that a process and those that it has started ever had, in KiB.
+pub fn resident_peak_kib(process: u32) -> Outcome<u64> {
+    status_kib(process, "VmHWM:")
+}
+
+fn status_kib(process: u32, field: &str) -> Outcome<u64> {
     let mut sum = 0;
     for id in family(process)? {
         let status = fs::read_to_string(format!("/proc/{id}/status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).ok_or("a status without memory")?;
         sum += line.trim().trim_end_matches(" kB").parse::<u64>()?;
     }
     Ok(sum)

@@ -21,6 +21,8 @@ pub struct Place<'a> {
     pub core: Option<usize>,
     /// The gateway's executable.
     pub gateway: &'a Path,
+    /// Further lines of the gateway's configuration.
+    pub more: &'a str,
 }
 
 /// A way to start a proxy.
@@ -122,7 +124,7 @@ fn gateway(place: &Place) -> Outcome<(Process, SocketAddr)> {
     }
     fs::create_dir_all(&folder)?;
     let config = folder.join("gpt-cat.toml");
-    fs::write(&config, gateway_config(&folder, place.upstream))?;
+    fs::write(&config, gateway_config(&folder, place.upstream) + place.more)?;
     let mut command = process::pinned(place.gateway, place.core);
     set_apart(&mut command, &folder);
     command.arg("serve").arg("--config").arg(&config).env("GPT_CAT_FIRST_KEY", KEY);

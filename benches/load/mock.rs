@@ -5,12 +5,13 @@
 
 use std::fmt::Write;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use memchr::memmem;
 use tokio::net::TcpListener;
 
+use crate::hostile::TEXTS;
 use crate::wire::Connection;
 
 /// Chunks of a stream for which the request names no number (`"mock_chunks":N`).
@@ -61,6 +62,8 @@ struct Answers {
     last_chunk: Vec<u8>,
     usage: Vec<u8>,
     done: Vec<u8>,
+    /// The hostile texts that were asked for.
+    texts: [OnceLock<Vec<Vec<u8>>>; TEXTS.len()],
 }
 
 impl Answers {
@@ -81,6 +84,7 @@ impl Answers {
             last_chunk: chunk(&event(r#"[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]"#, "null", 63)),
             usage: chunk(&event("[]", usage, 64)),
             done: [chunk("data: [DONE]\n\n"), b"0\r\n\r\n".to_vec()].concat(),
+            texts: [const { OnceLock::new() }; TEXTS.len()],
         }
     }
 }
@@ -144,16 +148,23 @@ async fn stream(connection: &mut Connection, body: &[u8], answers: &Answers) -> 
 
 /// One of the hostile texts, without a usage, so that what was counted is billed.
 async fn stream_text(connection: &mut Connection, number: usize, answers: &Answers) -> io::Result<()> {
-    let text = crate::hostile::TEXTS.get(number).ok_or(io::ErrorKind::InvalidInput)?;
+    let chunks = answers.texts.get(number).ok_or(io::ErrorKind::InvalidInput)?.get_or_init(|| text_chunks(number));
     connection.write(&answers.stream_head).await?;
-    for (at, delta) in text.deltas().iter().enumerate() {
-        let content = serde_json::Value::from(delta.as_str());
-        let choices =
-            format!(r#"[{{"index":0,"delta":{{"content":{content}}},"logprobs":null,"finish_reason":null}}]"#);
-        connection.write(&chunk(&event(&choices, "null", at))).await?;
+    for chunk in chunks {
+        connection.write(chunk).await?;
     }
     connection.write(&answers.last_chunk).await?;
     connection.write(&answers.done).await
+}
+
+fn text_chunks(number: usize) -> Vec<Vec<u8>> {
+    let content = |(at, delta): (usize, &String)| {
+        let content = serde_json::Value::from(delta.as_str());
+        let choices =
+            format!(r#"[{{"index":0,"delta":{{"content":{content}}},"logprobs":null,"finish_reason":null}}]"#);
+        chunk(&event(&choices, "null", at))
+    };
+    TEXTS[number].deltas().iter().enumerate().map(content).collect()
 }
 
 fn number(body: &[u8], name: &[u8]) -> Option<usize> {

@@ -123,7 +123,7 @@ impl Meter {
             self.lanes_shared = true;
             return LANES_MAX - 1;
         }
-        self.lanes.push((lane, Running::new(self.vocabulary)));
+        self.lanes.push((lane, Running::after(self.vocabulary, self.lanes.len())));
         self.lanes.len() - 1
     }
 }

@@ -218,6 +218,9 @@ fn every_subcommand_works_beside_a_running_server() {
     assert_eq!((&redeemed["balance"], &redeemed["frozen"]), (&"8.00".into(), &false.into()));
     assert!(!run(path, &["code", "redeem", code, "ann"]).1, "once");
     assert!(run(path, &["code", "revoke", &codes[1]["id"].to_string()]).1);
+    let many = json(path, &["code", "add", "0.01", "--count", "1000"]);
+    let ids: std::collections::HashSet<_> = many.as_array().unwrap().iter().map(|code| code["id"].as_i64()).collect();
+    assert_eq!(ids.len(), 1000, "made 500 at a time, each with its own id");
     let listed = json(path, &["code", "list"]);
     assert_eq!((&listed[0]["redeemed_by"], listed[1]["revoked"].is_null()), (&"ann".into(), false));
     let limited =

@@ -174,6 +174,19 @@ mod tests {
     }
 
     #[test]
+    fn what_a_code_brought_is_told_although_the_balance_could_not_be_read() {
+        let row = COMMANDS.iter().find(|row| row.name == "redeem").unwrap();
+        let redeemed = |redeemed, balance_nano, language| {
+            (row.answer)(&Facts { redeemed, balance_nano, ..facts(language, "code") })
+        };
+        assert_eq!(redeemed(Redeemed::Now(500_000_000), None, Language::En), "Added: 0.50 USD");
+        let both = redeemed(Redeemed::Now(500_000_000), Some(2_000_000_000), Language::Zh);
+        assert_eq!(both, "已充值: 0.50 USD\n余额: 2.00 USD");
+        let before = redeemed(Redeemed::Before(500_000_000), None, Language::Zh);
+        assert_eq!(before, "您已使用过此充值码，当时已充值: 0.50 USD");
+    }
+
+    #[test]
     fn prices_are_those_that_the_group_pays() {
         let both = said("price", Language::En, "");
         assert_eq!(both, "USD per million tokens:\n- `gpt-4o`: input 3.00, output 6.00\n- `call`: 0.015 per call\n");

@@ -58,25 +58,35 @@ struct Long {
 }
 
 impl Long {
-    /// The tokens of a long piece: counted by `count`, or taken from what was counted before; and whether they are exact.
-    fn tokens(&mut self, piece: &str, count: impl FnOnce() -> u64) -> (u64, bool) {
-        let bytes = piece.len();
+    /// The tokens of a piece that need not be counted: taken from those that were, once the budget is spent.
+    fn known(&mut self, piece: &str) -> Option<u64> {
         let letters = piece.as_bytes().last().is_some_and(|last| last.is_ascii_alphanumeric() || !last.is_ascii());
-        let cost = if letters { bytes / LETTERS_CHEAPER } else { bytes };
+        let cost = if letters { piece.len() / LETTERS_CHEAPER } else { piece.len() };
         if cost <= self.left {
-            let tokens = count();
             self.left -= cost;
-            // One that was cut tells most: its tokens end where it does.
-            let is_cut = |bytes: u64| bytes.is_multiple_of(KEPT_BYTES_MAX as u64) && bytes > 0;
-            let bytes = bytes as u64;
-            if is_cut(bytes) || (!is_cut(self.bytes) && bytes >= self.bytes.min(TELLING_BYTES)) {
-                (self.bytes, self.tokens) = (bytes, tokens);
-            }
-            return (tokens, true);
+            return None;
         }
         // Nothing counted: a token has at least one byte.
-        let (of_bytes, of_tokens) = if self.bytes == 0 { (1, 1) } else { (self.bytes, self.tokens) };
-        ((bytes as u64 * of_tokens).div_ceil(of_bytes), false)
+        let (bytes, tokens) = if self.bytes == 0 { (1, 1) } else { (self.bytes, self.tokens) };
+        Some((piece.len() as u64 * tokens).div_ceil(bytes))
+    }
+
+    /// Learns from a piece that was counted.
+    fn note(&mut self, bytes: u64, tokens: u64) {
+        // One that was cut tells most: its tokens end where it does.
+        let is_cut = |bytes: u64| bytes.is_multiple_of(KEPT_BYTES_MAX as u64) && bytes > 0;
+        if is_cut(bytes) || (!is_cut(self.bytes) && bytes >= self.bytes.min(TELLING_BYTES)) {
+            (self.bytes, self.tokens) = (bytes, tokens);
+        }
+    }
+
+    /// The tokens of a piece, counted where the budget allows it.
+    fn count(&mut self, vocabulary: Vocabulary, piece: &str) -> u64 {
+        self.known(piece).unwrap_or_else(|| {
+            let tokens = vocabulary.count(piece);
+            self.note(piece.len() as u64, tokens);
+            tokens
+        })
     }
 }
 
@@ -128,7 +138,11 @@ impl Running {
 
     fn scan(&mut self) {
         let settled = match self.vocabulary.encoder() {
-            Some(encoder) => settle(encoder, &self.tail, &mut self.long),
+            // What is no longer than a word has no long piece.
+            Some(encoder) if self.tail.len() <= LONG_PIECE_BYTES => {
+                settle::<false>(encoder, &self.tail, &mut self.long)
+            }
+            Some(encoder) => settle::<true>(encoder, &self.tail, &mut self.long),
             None => settle_old(self.vocabulary, &self.tail),
         };
         self.estimated |= settled.estimated;
@@ -147,9 +161,9 @@ impl Running {
 
     fn cut_tail(&mut self) {
         let cut = self.tail.floor_char_boundary(self.tail.len() / KEPT_BYTES_MAX * KEPT_BYTES_MAX);
-        self.committed += self.long.tokens(&self.tail[..cut], || self.vocabulary.count(&self.tail[..cut])).0;
+        self.committed += self.long.count(self.vocabulary, &self.tail[..cut]);
         self.tail.drain(..cut);
-        self.tail_tokens = self.long.tokens(&self.tail, || self.vocabulary.count(&self.tail)).0;
+        self.tail_tokens = self.long.count(self.vocabulary, &self.tail);
         self.tail_counted = self.tail.len();
         self.estimated = true;
     }
@@ -171,7 +185,8 @@ struct Settled {
     estimated: bool,
 }
 
-fn settle(encoder: &Encoder, text: &str, long: &mut Long) -> Settled {
+/// `MAY_BE_LONG`: whether a piece may be long; deltas cost less without a look at each.
+fn settle<const MAY_BE_LONG: bool>(encoder: &Encoder, text: &str, long: &mut Long) -> Settled {
     let mut settled = Settled { bytes: 0, tokens: 0, rest_tokens: 0, estimated: false };
     let (mut before_last, mut last) = (0, 0);
     let mut kept = [0, 0];
@@ -179,14 +194,13 @@ fn settle(encoder: &Encoder, text: &str, long: &mut Long) -> Settled {
         let end = encoder.piece_end(text, last);
         settled.bytes = before_last;
         settled.tokens += kept[0];
-        let tokens = match end - last {
-            0..=LONG_PIECE_BYTES => encoder.piece_tokens(text, last, end),
-            _ => {
-                let (tokens, exact) = long.tokens(&text[last..end], || encoder.piece_tokens(text, last, end));
-                settled.estimated |= !exact;
-                tokens
-            }
-        };
+        let is_long = MAY_BE_LONG && end - last > LONG_PIECE_BYTES;
+        let known = if is_long { long.known(&text[last..end]) } else { None };
+        settled.estimated |= known.is_some();
+        let tokens = known.unwrap_or_else(|| encoder.piece_tokens(text, last, end));
+        if is_long && known.is_none() {
+            long.note((end - last) as u64, tokens);
+        }
         kept = [kept[1], tokens];
         (before_last, last) = (last, end);
     }

@@ -12,7 +12,7 @@ use super::journal::{Mark, Place};
 use super::lease::{CallCount, Purse, Taken, Waiting};
 use super::money::Dearest;
 use super::prompt::PromptText;
-use super::quota::{self, Quota, Reached};
+use super::quota::{self, Quota, Reached, WaitingHold};
 use super::{Ledger, Tokens, cost_nano};
 use crate::catalog::Model;
 use crate::config::{Endpoint, LowBalance};
@@ -368,18 +368,21 @@ impl OpenLine {
                 return None;
             }
             let look = || tokio::time::sleep(FREED_LOOK);
-            // At its limit a call waits for those that hold against the same one, and for nobody else.
+            // At its limit a call waits for those that hold against the same one and do not wait, and for nobody else.
             let waits = std::sync::Mutex::new(None);
             let wait = |hold| *waits.lock().expect("no holder of this lock panics") = hold;
             let held = || async {
                 wait(None);
-                match hold(&boot, &purse, &key, amount).await? {
-                    Ok(held) => Ok::<_, Error>(Some(held)),
-                    Err(Short::Money) => Ok(None),
-                    Err(Short::Limit(reached)) => {
-                        wait(Some(reached.wait(own).ok_or(Error::QuotaExceeded)?));
-                        Ok(None)
+                loop {
+                    match hold(&boot, &purse, &key, amount).await? {
+                        Ok(held) => return Ok::<_, Error>(Some(held)),
+                        Err(Short::Money) => wait(Some(WaitingHold::for_money(&key, own))),
+                        Err(Short::Limit(reached)) => match reached.wait(&key, own, amount)? {
+                            Some(hold) => wait(Some(hold)),
+                            None => continue,
+                        },
                     }
+                    return Ok(None);
                 }
             };
             let (quota, taken) = Waiting::new(&purse).cover(held, look).await?;
@@ -626,6 +629,8 @@ async fn hold(
     }
     // Money first: it may take a while to come, and until then nothing of the limits is taken from others.
     let Some(taken) = boot.cover(purse, amount).await? else { return Ok(Err(Short::Money)) };
+    // It may have taken so long that the figures were forgotten.
+    boot.know_limits(key).await?;
     Ok(Quota::hold(key, amount).map(|quota| (quota, taken)).map_err(Short::Limit))
 }
 

@@ -29,7 +29,7 @@ pub use money::{RATIO_ONE, Tokens, cost_nano};
 
 use crate::config::{self, LowBalance, Price};
 use crate::failpoint;
-use crate::store::{Billed, BootId, Line, LineCheck, LineCost, Store, StoreError};
+use crate::store::{Billed, BootId, Line, LineCheck, LineCost, Store, StoreError, day_of};
 use crate::telemetry::Metrics;
 
 /// A node that was fenced off tries this often to begin again.
@@ -291,10 +291,19 @@ async fn settle_dead(store: &Store, journals: &Path, dead: journal::Dead) -> Res
     };
     failpoint::at("replay.read");
     let mut watermark = boot.shipped;
-    let ended: Vec<Line> =
-        left.ended.into_iter().filter(|(ordinal, _)| *ordinal > boot.shipped).map(|(_, line)| line).collect();
+    let (ended, mut behind): (Vec<_>, Vec<_>) =
+        left.ended.into_iter().partition(|(ordinal, _)| *ordinal > boot.shipped);
+    // Lines that were passed over lie behind the watermark. Those that are stored are told by their number; those that may
+    // have been forgotten since are not sent again.
+    let pruned_before = if left.passed_over { store.pruned_before().await? } else { i64::MAX };
+    behind.retain(|(_, line)| day_of(line.started_ms) >= pruned_before);
     let (ended_count, crashed_count) = (ended.len(), left.crashed.len());
-    let lines: Vec<Line> = ended.into_iter().chain(left.crashed).collect();
+    let lines: Vec<Line> = ended
+        .into_iter()
+        .map(|(_, line)| line)
+        .chain(left.crashed)
+        .chain(behind.into_iter().map(|(_, line)| line))
+        .collect();
     for batch in lines.chunks(SHIP_LINES) {
         let to = watermark + batch.len() as u64;
         match store.ship(dead.boot, watermark, to, batch.to_vec()).await {
@@ -311,6 +320,11 @@ async fn settle_dead(store: &Store, journals: &Path, dead: journal::Dead) -> Res
     failpoint::at("replay.closed");
     if ended_count + crashed_count > 0 {
         tracing::warn!(ended = ended_count, crashed = crashed_count, "settled what an earlier process left behind");
+    }
+    if left.unreadable {
+        let folder = dead.set_aside()?;
+        tracing::error!(folder = %folder.display(), "journal: what the disk gave is settled; the folder is kept for what it did not");
+        return Ok(());
     }
     dead.remove()?;
     Ok(())

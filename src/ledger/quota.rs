@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::journal::Journal;
 use crate::error::Error;
 use crate::store::{BootId, Owner, Store, StoreError, now_ms};
-use crate::users::{Key, Period, Spending};
+use crate::users::{Key, Period, Spending, Wait};
 
 /// A hold against the limits of a key and of its user, where they have any; dropped, it is given up.
 #[derive(Debug, Default)]
@@ -41,24 +41,42 @@ pub(super) struct Reached {
     spending: Arc<Spending>,
 }
 
-/// A call that waits for others that hold against the same limit; dropped, it waits no longer.
+/// A call that waits: nobody at a limit waits for what it holds. Dropped, it waits no longer.
 #[derive(Debug)]
 pub(super) struct WaitingHold {
-    spending: Arc<Spending>,
-    own: i64,
+    of: [(Arc<Spending>, i64); 2],
+}
+
+impl WaitingHold {
+    /// For money, by a call that holds `own` against its limits.
+    pub fn for_money(key: &Key, own: [i64; 2]) -> WaitingHold {
+        WaitingHold::begin(key, own, None)
+    }
+
+    /// `begun`: where the wait is counted already.
+    fn begin(key: &Key, own: [i64; 2], begun: Option<usize>) -> WaitingHold {
+        let of = [0, 1].map(|place| (spendings(key)[place].clone(), own[place]));
+        let others = of.iter().enumerate().filter(|(place, _)| Some(*place) != begun);
+        others.for_each(|(_, (spending, own))| spending.wait_elsewhere(*own));
+        WaitingHold { of }
+    }
 }
 
 impl Reached {
-    /// Begins to wait, for a call that holds `own` already; `None` when nobody is left who could give anything up.
-    pub fn wait(self, own: [i64; 2]) -> Option<WaitingHold> {
-        let own = own[self.place];
-        self.spending.wait(own).then_some(WaitingHold { spending: self.spending, own })
+    /// Begins to wait for `amount`, for a call that holds `own` already; `None` when there is room by now. Fails when
+    /// nobody is left who could give anything up.
+    pub fn wait(self, key: &Key, own: [i64; 2], amount: i64) -> Result<Option<WaitingHold>, Error> {
+        match self.spending.wait(own[self.place], amount, now_ms()) {
+            Wait::Room => Ok(None),
+            Wait::Begun => Ok(Some(WaitingHold::begin(key, own, Some(self.place)))),
+            Wait::Alone => Err(self.error),
+        }
     }
 }
 
 impl Drop for WaitingHold {
     fn drop(&mut self) {
-        self.spending.stop_waiting(self.own);
+        self.of.iter().for_each(|(spending, own)| spending.stop_waiting(*own));
     }
 }
 
@@ -139,43 +157,52 @@ impl Quota {
 #[derive(Debug, Default)]
 pub(super) struct Limited {
     known: Mutex<HashMap<Owner, Arc<Spending>>>,
-    /// One reads at a time, so that no older figure takes the place of a newer one. Holds when a read failed last.
-    reading: tokio::sync::Mutex<Option<Instant>>,
+    /// One reads at a time, so that no older figure takes the place of a newer one.
+    reading: tokio::sync::Mutex<()>,
+    /// When a call's read failed last.
+    failed: Mutex<Option<Instant>>,
 }
 
-/// Who waited while a read failed does not try again for so long: in an outage nobody waits for more than one of them.
+/// A call waits so long for figures, others that read before it included: a database that hangs is as one that is away.
+const READ_MAX: Duration = Duration::from_secs(1);
+/// After a read that failed no call tries for so long.
 const FAILED_FOR: Duration = Duration::from_secs(1);
 
 impl Limited {
     /// Reads what has been charged to a key and its user, where they have limits and it is not known. Fails only where it
     /// never was: a database that is away stops nobody whose figures are there.
     pub async fn know(&self, store: &Store, key: &Key, boot: BootId, journal: &Journal) -> Result<(), StoreError> {
-        let mut failed = self.reading.lock().await;
+        let failed = || self.failed.lock().expect("no holder of this lock panics");
+        let is_away = failed().is_some_and(|failed| failed.elapsed() < FAILED_FOR);
+        let read = match is_away {
+            true => Err(StoreError::Unreached("it did not answer a moment ago".into())),
+            false => {
+                let reading = tokio::time::timeout(READ_MAX, self.read_unknown(store, key, boot, journal));
+                let read = reading.await.unwrap_or_else(|_| Err(StoreError::Unreached("it does not answer".into())));
+                *failed() = read.is_err().then(Instant::now);
+                read
+            }
+        };
+        let Err(error) = read else { return Ok(()) };
+        let unknown = self.unknown(key);
+        if !unknown.iter().all(|(_, spending)| spending.is_read()) {
+            return Err(error);
+        }
+        self.known().extend(unknown);
+        Ok(())
+    }
+
+    async fn read_unknown(&self, store: &Store, key: &Key, boot: BootId, journal: &Journal) -> Result<(), StoreError> {
+        let _one_at_a_time = self.reading.lock().await;
         let unknown = self.unknown(key);
         if unknown.is_empty() {
             return Ok(());
         }
-        let is_away = failed.is_some_and(|failed| failed.elapsed() < FAILED_FOR);
         // What is stored meanwhile may be counted twice until the next shipment, and never not at all.
         let (ordinal, now) = (journal.watermark(), now_ms());
-        let owners = unknown.iter().map(|(owner, _)| *owner).collect();
-        let spent = match is_away {
-            true => Err(StoreError::Unreached("it did not answer a moment ago".into())),
-            false => store.spent(owners, now).await,
-        };
-        match spent {
-            Ok(spent) => {
-                *failed = None;
-                for (owner, spending) in &unknown {
-                    spending.shipped(spent.get(owner).copied().unwrap_or_default(), boot, ordinal, now);
-                }
-            }
-            Err(error) => {
-                *failed = if is_away { *failed } else { Some(Instant::now()) };
-                if !unknown.iter().all(|(_, spending)| spending.is_read()) {
-                    return Err(error);
-                }
-            }
+        let spent = store.spent(unknown.iter().map(|(owner, _)| *owner).collect(), now).await?;
+        for (owner, spending) in &unknown {
+            spending.shipped(spent.get(owner).copied().unwrap_or_default(), boot, ordinal, now);
         }
         self.known().extend(unknown);
         Ok(())

@@ -682,3 +682,41 @@ async fn a_key_whose_figures_were_read_goes_on_without_the_database_and_another_
         node.assert_books().await;
     }
 }
+
+#[tokio::test]
+async fn a_line_that_was_passed_over_is_charged_at_the_next_start_and_once() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, NewLimits::default()).await;
+        let mut node = Node::quiet(store).await;
+        for tokens in [10, 20, 30] {
+            node.call(tokens).await;
+        }
+        node.boot().journal.misplace(1);
+        node.boot().ship().await.unwrap();
+        assert_eq!(node.lines().await.len(), 2, "the others are not held up");
+        for _ in 0..2 {
+            node.crash_and_start().await;
+            let mut charged: Vec<i64> = node.lines().await.iter().map(|line| line.charged_nano / TOKEN_NANO).collect();
+            charged.sort_unstable();
+            assert_eq!(charged, [10, 20, 30]);
+            node.assert_books().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn nobody_at_a_limit_waits_for_a_call_that_waits_for_money() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(400)).await;
+        let node = Node::quiet(store).await;
+        let rich = node.open_with(OTHER, "rich", 9800).await.unwrap();
+        let (at_limit, poor) = (node.open(40).await.unwrap(), node.open(40).await.unwrap());
+        let asking = tokio::spawn(poor.slices(41));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!asking.is_finished(), "it waits for the money of the long call");
+        let slices = tokio::time::timeout(Duration::from_secs(5), at_limit.slices(40 + 2 * SLICE_TOKENS)).await;
+        assert!(slices.expect("it does not wait for one that waits").is_none());
+        rich.end(answered(10));
+        assert!(asking.await.unwrap().is_some());
+    }
+}

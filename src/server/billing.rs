@@ -21,7 +21,7 @@ const NANO: f64 = 1e9;
 /// 9999-12-31: OpenAI tells when an access ends, ours has no end.
 const ACCESS_UNTIL_S: i64 = 253_402_214_400;
 
-/// What a key has left and what was charged, in nano-units: of its own limit where it has one, else of its user.
+/// What a key has left and what was charged, in nano-units: of itself where it has a limit of its own, else of its user.
 pub(super) struct Account {
     pub left_nano: i64,
     pub charged_nano: i64,
@@ -55,13 +55,12 @@ pub async fn billed(gateway: &Gateway, admitted: &Admitted) -> Result<Response<R
 pub(super) async fn account(gateway: &Gateway, key: &Key) -> Result<Account, StoreError> {
     let row = gateway.store.keys(Some(key.id)).await?.pop().ok_or_else(|| StoreError::Absent("key".into()))?;
     let balance_nano = gateway.ledger.balance_nano(key.user.id).await?;
-    let owner = if row.limit_nano.is_some() { Owner::Key(key.id) } else { Owner::User(key.user.id) };
-    let charged_nano = gateway.store.spent(vec![owner], now_ms()).await?[&owner].total_nano;
-    let left_nano = match row.limit_nano {
-        Some(limit) => limit.saturating_sub(charged_nano).clamp(0, balance_nano.max(0)),
-        None => balance_nano,
-    };
-    Ok(Account { left_nano, charged_nano })
+    let owner = if row.is_limited() { Owner::Key(key.id) } else { Owner::User(key.user.id) };
+    let spent = gateway.store.spent(vec![owner], now_ms()).await?[&owner];
+    let limits =
+        [(row.limit_nano, spent.total_nano), (row.day_nano, spent.day_nano), (row.month_nano, spent.month_nano)];
+    let left = limits.into_iter().filter_map(|(limit, spent)| Some(limit?.saturating_sub(spent).max(0)));
+    Ok(Account { left_nano: left.fold(balance_nano, i64::min), charged_nano: spent.total_nano })
 }
 
 /// A number as those clients read it: the one place where money is a float, and only to be shown.

@@ -97,7 +97,7 @@ enum Phase {
     Opening(Opening),
     Streaming(Box<Frames>, OpenLine),
     /// A frame waits for the money of its tokens.
-    Asking(Box<Frames>, OpenLine, Asking, Frame),
+    Asking(Box<Frames>, Asking, OpenLine, Frame),
     /// A frame that ends the answer waits until what came before it is written: its MARK charges that.
     Pausing(Box<Frames>, OpenLine, Frame),
     /// A long prompt is counted before the last bytes go out.
@@ -185,10 +185,10 @@ impl Relay {
                         }
                     }
                 },
-                Phase::Asking(frames, line, mut asking, frame) => match asking.as_mut().poll(cx) {
+                Phase::Asking(frames, mut asking, line, frame) => match asking.as_mut().poll(cx) {
                     Poll::Pending => {
                         let at_boundary = !frames.is_passing();
-                        self.phase = Phase::Asking(frames, line, asking, frame);
+                        self.phase = Phase::Asking(frames, asking, line, frame);
                         return self.keep_alive(cx, at_boundary);
                     }
                     Poll::Ready(slices) => self.take_after_asking(cx, frames, line, frame, slices),
@@ -253,7 +253,7 @@ impl Relay {
                     tokio::task::yield_now().await;
                     slices.await
                 });
-                self.phase = Phase::Asking(frames, line, asking, frame);
+                self.phase = Phase::Asking(frames, asking, line, frame);
                 return;
             }
         }
@@ -509,7 +509,10 @@ impl Relay {
                 self.break_off(frames, line, reason, error);
             }
             // The frame that waits is not handed over; `output` is the count before it.
-            Phase::Asking(frames, line, _, _) => self.break_off(frames, line, reason, error),
+            Phase::Asking(frames, asking, line, _) => {
+                drop(asking); // whoever the end of the line wakes must not count this call among those that wait
+                self.break_off(frames, line, reason, error);
+            }
             // Its line ends with the drop of the opening.
             Phase::Opening(_) => {
                 self.error_event(error);
@@ -578,8 +581,11 @@ impl Drop for Relay {
                     });
                 }
             }
-            Phase::Asking(frames, mut line, _, _) if self.content => {
-                line.handed_over(self.output, frames.is_estimated());
+            Phase::Asking(frames, asking, mut line, _) => {
+                drop(asking); // whoever the end of the line wakes must not count this call among those that wait
+                if self.content {
+                    line.handed_over(self.output, frames.is_estimated());
+                }
             }
             _ => {}
         }

@@ -72,14 +72,17 @@ async fn read(gateway: &Gateway, key: &Key, since: i64, until: i64) -> Result<Va
             "charged": amount(day.charged_nano),
         })
     });
-    // What a user has spent with other keys is told to a key with a limit of its own only where it counts against it.
-    let counts = row.limit_nano.is_none() || user_row.day_nano.is_some() || user_row.month_nano.is_some();
-    let allowance = counts.then(|| {
-        json!({
-            "day_limit": limit(user_row.day_nano),
-            "month_limit": limit(user_row.month_nano),
-            "charged": charged(&spent[&owners[1]]),
-        })
+    // A key with limits of its own is told of its user's other keys only what counts against it.
+    let told = |limit: Option<i64>, nano: i64| (!row.is_limited() || limit.is_some()).then(|| amount(nano));
+    let of_user = &spent[&owners[1]];
+    let allowance = json!({
+        "day_limit": limit(user_row.day_nano),
+        "month_limit": limit(user_row.month_nano),
+        "charged": {
+            "total": told(None, of_user.total_nano),
+            "month": told(user_row.month_nano, of_user.month_nano),
+            "day": told(user_row.day_nano, of_user.day_nano),
+        },
     });
     let expires = row.expires_ms.and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok()).map(|at| at.to_string());
     Ok(json!({

@@ -56,7 +56,7 @@ async fn return_leases<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
 pub async fn close_boot<T: Tx>(tx: &T, boot: BootId) -> Result<(), StoreError> {
     lock_boot(tx, boot).await?;
     return_leases(tx, boot).await?;
-    tx.execute("UPDATE boots SET state = 'closed' WHERE id = $1 AND state = 'live'", given![boot]).await?;
+    tx.execute("UPDATE boots SET state = 'closed' WHERE id = $1 AND state <> 'closed'", given![boot]).await?;
     Ok(())
 }
 

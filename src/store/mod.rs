@@ -198,6 +198,8 @@ transactions! {
 
     /// What has been charged to these, as of `now_ms`.
     read days::spent(owners: Vec<Owner>, now_ms: i64) -> HashMap<Owner, Spent>;
+    /// Before which day lines may have been forgotten.
+    read days::pruned_before() -> i64;
     /// What days came to, with the name of the user, newest first.
     read days::days(filter: DayFilter) -> Vec<(String, DayRow)>;
     /// Forgets at most `most` lines of calls that began more than `kept_days` before today, by the database's clock; how

@@ -151,6 +151,13 @@ pub struct KeyRow {
     pub month_nano: Option<i64>,
 }
 
+impl KeyRow {
+    /// Whether it has any limit of its own.
+    pub fn is_limited(&self) -> bool {
+        self.limit_nano.is_some() || self.day_nano.is_some() || self.month_nano.is_some()
+    }
+}
+
 /// An account; its key is sealed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AccountRow {

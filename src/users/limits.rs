@@ -28,6 +28,16 @@ pub enum Period {
     Month,
 }
 
+/// What came of the wish to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    Begun,
+    /// There is room now: no need to.
+    Room,
+    /// All others that hold anything wait, too.
+    Alone,
+}
+
 impl Limits {
     fn is_none(&self) -> bool {
         *self == Limits::default()
@@ -103,12 +113,23 @@ impl Spending {
         self.state().held -= amount;
     }
 
-    /// A call that holds `own` waits for others to end; false when no other call holds anything that does not wait itself.
-    pub fn wait(&self, own: i64) -> bool {
+    /// A call that holds `own` and needs `amount` more begins to wait for others to end, unless there is room by now or
+    /// nobody holds anything who does not wait: looked at and done in one step.
+    pub fn wait(&self, own: i64, amount: i64, now_ms: i64) -> Wait {
         let mut state = self.state();
-        let others_may_end = state.held - state.waiting > own;
-        state.waiting += if others_may_end { own } else { 0 };
-        others_may_end
+        if state.room(now_ms).is_none_or(|(room, _)| amount <= room) {
+            return Wait::Room;
+        }
+        if state.held - state.waiting <= own {
+            return Wait::Alone;
+        }
+        state.waiting += own;
+        Wait::Begun
+    }
+
+    /// A call that holds `own` begins to wait for something else than this limit.
+    pub fn wait_elsewhere(&self, own: i64) {
+        self.state().waiting += own;
     }
 
     /// A call that holds `own` waits no longer.
@@ -247,12 +268,20 @@ mod tests {
     fn of_those_that_hold_against_a_limit_one_does_not_wait() {
         let spending = limited(Some(100), None, None);
         spending.hold(20, NOON_MS).unwrap();
-        assert!(!spending.wait(20), "nobody else holds anything");
+        let wait = |own| spending.wait(own, 31, NOON_MS);
+        assert_eq!(wait(20), Wait::Alone, "nobody else holds anything");
         spending.hold(30, NOON_MS).unwrap();
-        assert!(spending.wait(20), "the other one may end");
-        assert!(!spending.wait(30), "the other one waits");
+        assert_eq!(wait(20), Wait::Begun, "the other one may end");
+        assert_eq!(wait(30), Wait::Alone, "the other one waits");
         spending.stop_waiting(20);
-        assert!(spending.wait(30));
+        spending.wait_elsewhere(30);
+        assert_eq!(wait(20), Wait::Alone, "the other one waits for something else");
+        spending.stop_waiting(30);
+        assert_eq!(wait(30), Wait::Begun);
+        // Who gave up its hold between the look and the wait leaves room, and nobody to wait for.
+        spending.stop_waiting(30);
+        spending.release(20);
+        assert_eq!(spending.wait(30, 20, NOON_MS), Wait::Room);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::{Arc, RwLock};
 use arc_swap::ArcSwap;
 use sha2::{Digest, Sha256};
 
-pub use limits::{Limits, Pace, Period, Spending};
+pub use limits::{Limits, Pace, Period, Spending, Wait};
 
 use crate::store::{Change, GroupRow, KeyRow, Store, StoreError, UserRow};
 

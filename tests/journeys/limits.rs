@@ -219,8 +219,11 @@ async fn a_key_is_told_its_own_use_and_nobody_elses() {
     );
     assert_eq!((&of_key["key"]["id"], &of_key["key"]["charged"]), (&id.into(), &charged));
     assert_eq!((&of_key["key"]["day_limit"], &of_key["key"]["limit"]), (&"0.007".into(), &Value::Null));
-    assert_eq!(of_key["allowance"]["charged"]["total"], "0.000636", "all keys of the user together");
-    assert_eq!(of_key["balance"], "0.999364");
+    assert_eq!(of_key["allowance"]["charged"], json!({ "total": null, "month": null, "day": null }));
+    assert_eq!(of_key["balance"], "0.006576", "what its day has left");
+    let of_user = node.usage(KEY, "").await;
+    assert_eq!(of_user["allowance"]["charged"]["total"], "0.000636", "all keys of the user together");
+    assert_eq!(of_user["balance"], "0.999364");
     let days = of_key["days"].as_array().unwrap();
     assert_eq!((days.len(), &days[0]["model"], &days[0]["calls"]), (1, &"m".into(), &2.into()));
     assert_eq!((&days[0]["output_tokens"], &days[0]["charged"]), (&200.into(), &"0.000424".into()));
@@ -269,13 +272,18 @@ async fn a_key_with_a_limit_of_its_own_is_told_of_no_more_than_that() {
     }
     node.lines(2).await;
     let told = node.usage(LIMITED, "").await;
-    assert_eq!((&told["balance"], &told["allowance"]), (&json!("0.001908"), &Value::Null), "nine of ten are left");
+    assert_eq!(
+        (&told["balance"], &told["allowance"]["charged"]["total"]),
+        (&json!("0.001908"), &Value::Null),
+        "nine of ten"
+    );
     assert_eq!(node.say(LIMITED, "/bi").await, "Balance: 0.001908 USD");
     assert_eq!(node.usage(KEY, "").await["balance"], "0.999576");
     // An allowance of the user counts for this key, too.
     let day = NewLimits { day_nano: Some(Some(5_000_000)), ..NewLimits::default() };
     node.store.limit_user(USER.into(), day).await.unwrap();
-    assert_eq!(node.usage(LIMITED, "").await["allowance"]["charged"]["day"], "0.000424");
+    let charged = json!({ "total": null, "month": null, "day": "0.000424" });
+    assert_eq!(node.usage(LIMITED, "").await["allowance"]["charged"], charged);
     node.finish().await;
 }
 

@@ -318,8 +318,7 @@ impl Journal {
                     Ok(line) => lines.push(line),
                     Err(error) => {
                         tracing::error!(%error, ordinal, offset = at.offset, "journal: a line does not read back");
-                        self.damaged.store(true, Ordering::Relaxed);
-                        self.fail(&error);
+                        self.damage(&error);
                     }
                 },
             }
@@ -361,8 +360,7 @@ impl Journal {
             let mut bytes = vec![0; segment_bytes() as usize];
             if let Err(error) = file.read_exact_at(&mut bytes, 0) {
                 tracing::error!(%error, "journal: a segment does not read; its lines are left to the next start");
-                self.damaged.store(true, Ordering::Relaxed);
-                self.fail(&error);
+                self.damage(&error);
                 continue;
             }
             replay::scan(&bytes, |found| {
@@ -406,6 +404,15 @@ impl Journal {
         self.damaged.load(Ordering::Relaxed)
     }
 
+    /// Lets a line that waits lie where nothing reads: what a disk that fails gives.
+    #[cfg(test)]
+    pub fn misplace(&self, index: usize) {
+        match &mut self.lock().unshipped[index].line {
+            Kept::At(at) => at.offset = 1 << 40,
+            Kept::Fresh(..) | Kept::Held(_) => panic!("it was written, and nothing stays in memory"),
+        }
+    }
+
     /// Ends as a process ends that is killed: the lock goes, everything else stays as it is.
     #[cfg(test)]
     pub fn abandon(&self) {
@@ -431,7 +438,10 @@ impl Journal {
 
     fn make_free_within(&self, writer: &mut Writer, bytes: u64, bytes_max: u64) -> bool {
         while writer.free() < writer.reserved + bytes {
-            if (writer.segments.len() as u64 + 1) * segment_bytes() > bytes_max && !writer.give_up_first() {
+            // What a replay has to settle may lie in any of them.
+            let may_give_up = !self.is_damaged();
+            let is_over = (writer.segments.len() as u64 + 1) * segment_bytes() > bytes_max;
+            if is_over && !(may_give_up && writer.give_up_first()) {
                 return false;
             }
             if let Err(error) = writer.allocate(&self.folder) {
@@ -449,6 +459,16 @@ impl Journal {
     fn fail(&self, error: &io::Error) {
         if !self.failed.swap(true, Ordering::Relaxed) {
             tracing::error!(%error, "journal: it cannot be relied on; no new calls until restart");
+        }
+    }
+
+    /// A line does not read: it is passed over, and a replay has to look for it behind the watermark, too.
+    fn damage(&self, error: &io::Error) {
+        self.fail(error);
+        if !self.damaged.swap(true, Ordering::Relaxed)
+            && let Err(error) = replay::mark_damaged(&self.folder)
+        {
+            tracing::error!(%error, "journal: that a line was passed over cannot be written down");
         }
     }
 

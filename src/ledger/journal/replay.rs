@@ -30,6 +30,18 @@ pub struct Left {
     pub crashed: Vec<Line>,
     /// Records that do not read: file and offset.
     pub corrupt: Vec<(PathBuf, u64)>,
+    /// The process passed lines over that it could not read: some behind the watermark may not be stored.
+    pub passed_over: bool,
+    /// The disk did not give all of it; another time it may.
+    pub unreadable: bool,
+}
+
+/// In the folder of a boot that has passed lines over.
+const DAMAGED: &str = "damaged";
+
+/// Writes down that lines were passed over.
+pub(super) fn mark_damaged(folder: &Path) -> io::Result<()> {
+    File::create(folder.join(DAMAGED))?.sync_all()
 }
 
 /// A dead boot's folder, locked against other readers.
@@ -69,7 +81,7 @@ impl Dead {
     ///
     /// `settle` makes the line of a call that was open, from its OPEN and its last MARK.
     pub fn read(&self, settle: impl Fn(Line, Option<Mark>) -> Line) -> io::Result<Left> {
-        let mut left = Left::default();
+        let mut left = Left { passed_over: self.folder.join(DAMAGED).exists(), ..Left::default() };
         let mut open = BTreeMap::<u64, (Line, Option<Mark>)>::new();
         let mut ended = HashSet::new();
         let mut paths: Vec<PathBuf> = fs::read_dir(&self.folder)?
@@ -80,7 +92,8 @@ impl Dead {
             .collect();
         paths.sort();
         for path in paths {
-            let bytes = read_all(&path)?;
+            let (bytes, whole) = read_all(&path)?;
+            left.unreadable |= !whole;
             check_version(&path, &bytes)?;
             scan(&bytes, |found| match found {
                 Ok(Found { kind, sequence, payload, .. }) if kind == Kind::Open as u8 => {
@@ -114,31 +127,44 @@ impl Dead {
         Ok(left)
     }
 
+    /// Keeps the folder for an operator, under a name that no start settles again.
+    pub fn set_aside(self) -> io::Result<PathBuf> {
+        let aside = self.folder.with_extension("unreadable");
+        fs::rename(&self.folder, &aside)?;
+        Ok(aside)
+    }
+
     /// Removes the folder, once everything in it is stored.
     pub fn remove(self) -> io::Result<()> {
         fs::remove_dir_all(&self.folder)
     }
 }
 
-/// A segment's bytes; what the disk does not give is zeros, which are no record.
-fn read_all(path: &Path) -> io::Result<Vec<u8>> {
-    fs::read(path).or_else(|error| {
-        tracing::error!(file = %path.display(), %error, "journal: a segment does not read; its readable parts are");
-        let file = File::open(path)?;
-        let length = file.metadata()?.len() as usize;
-        Ok(read_parts(length, |part, offset| file.read_exact_at(part, offset)))
-    })
+/// A segment's bytes, and whether the disk gave all of them: what it did not is zeros, which are no record. Fails where it
+/// gave nothing, which may be another time.
+fn read_all(path: &Path) -> io::Result<(Vec<u8>, bool)> {
+    let error = match fs::read(path) {
+        Ok(bytes) => return Ok((bytes, true)),
+        Err(error) => error,
+    };
+    tracing::error!(file = %path.display(), %error, "journal: a segment does not read; its readable parts are");
+    let file = File::open(path)?;
+    let length = file.metadata()?.len() as usize;
+    let bytes = read_parts(length, |part, offset| file.read_exact_at(part, offset)).ok_or(error)?;
+    Ok((bytes, false))
 }
 
-fn read_parts(length: usize, read: impl Fn(&mut [u8], u64) -> io::Result<()>) -> Vec<u8> {
+fn read_parts(length: usize, read: impl Fn(&mut [u8], u64) -> io::Result<()>) -> Option<Vec<u8>> {
     const PART_BYTES: usize = 4096;
     let mut bytes = vec![0; length];
+    let mut any = false;
     for (part, offset) in bytes.chunks_mut(PART_BYTES).zip((0..).step_by(PART_BYTES)) {
-        if read(part, offset).is_err() {
-            part.fill(0);
+        match read(part, offset) {
+            Ok(()) => any = true,
+            Err(_) => part.fill(0),
         }
     }
-    bytes
+    any.then_some(bytes)
 }
 
 /// Refuses a segment whose records have another format: read as damage, its lines would be lost.
@@ -188,8 +214,11 @@ mod tests {
             part.copy_from_slice(&on_disk[at..at + part.len()]);
             if offset == 4096 { Err(io::Error::from(rustix::io::Errno::IO)) } else { Ok(()) }
         });
+        let bytes = bytes.expect("some of it reads");
         assert_eq!(bytes[..4096], on_disk[..4096]);
         assert!(bytes[4096..8192].iter().all(|byte| *byte == 0));
         assert_eq!(bytes[8192..], on_disk[8192..]);
+        let nothing = read_parts(on_disk.len(), |_, _| Err(io::Error::from(rustix::io::Errno::IO)));
+        assert!(nothing.is_none(), "a disk that is away stops the start, and costs nothing");
     }
 }

@@ -91,6 +91,7 @@ pub async fn postgres(lent: &mut Lent) -> Result<(), StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::lines::LINE_INSERT;
     use super::super::tests::cluster;
     use super::super::{DayFilter, LineFilter, Store};
     use super::*;
@@ -111,6 +112,26 @@ mod tests {
         sqlite(&mut connection).unwrap();
         let groups: i64 = connection.query_row("SELECT count(*) FROM groups", [], |row| row.get(0)).unwrap();
         assert_eq!(groups, 1);
+    }
+
+    #[test]
+    fn a_line_is_checked_and_no_table_is_made_for_its_check() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        sqlite(&mut connection).unwrap();
+        let mut explained = connection.prepare(&format!("EXPLAIN {LINE_INSERT}")).unwrap();
+        let (mut rows, mut steps) = (explained.raw_query(), Vec::<String>::new());
+        while let Some(row) = rows.next().unwrap() {
+            steps.push(row.get("opcode").unwrap());
+        }
+        assert!(steps.iter().any(|step| step == "IdxInsert"), "{steps:?}");
+        assert!(!steps.iter().any(|step| step.starts_with("OpenEphemeral")), "{steps:?}");
+        for sql in left(now_ms(), |hex| format!("x'{hex}'")) {
+            connection.execute(&sql, []).unwrap();
+        }
+        let failed = connection.execute("UPDATE lines SET billed = 'other'", []).unwrap_err().to_string();
+        assert!(failed.contains("CHECK constraint failed: billed"), "{failed}");
+        let sound: String = connection.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+        assert_eq!(sound, "ok");
     }
 
     /// What a server of the first version left: a user with a lease, a price, and a line. Both databases take it.

@@ -16,6 +16,10 @@ use gpt_cat::{admin, ledger, telemetry, upstream};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// A request makes some eighty allocations, and nodes run for months: see ARCHITECTURE.md, Measurements.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Read when `--config` and `GPT_CAT_CONFIG` name no other.

@@ -85,12 +85,16 @@ fn spendings(key: &Key) -> [&Arc<Spending>; 2] {
     [&key.spending, &key.user.spending]
 }
 
+/// Those of them that have limits, with their places.
+fn limits(key: &Key) -> impl Iterator<Item = (usize, &Arc<Spending>)> {
+    spendings(key).into_iter().enumerate().filter(|(_, spending)| spending.is_limited())
+}
+
 impl Quota {
     /// Whether the limits leave `amount` as of now.
     pub fn allows(key: &Key, amount: i64) -> Result<(), Reached> {
-        let now = now_ms();
-        for (place, spending) in spendings(key).into_iter().enumerate() {
-            if let Some((_, period)) = spending.room(now).filter(|(room, _)| amount > *room) {
+        for (place, spending) in limits(key) {
+            if let Some((_, period)) = spending.room(now_ms()).filter(|(room, _)| amount > *room) {
                 return Err(reached(place, spending, period));
             }
         }
@@ -99,13 +103,11 @@ impl Quota {
 
     /// Holds `amount`; fails with what a client is told where a limit does not allow it.
     pub fn hold(key: &Key, amount: i64) -> Result<Quota, Reached> {
-        let (now, mut quota) = (now_ms(), Quota::default());
-        for (place, spending) in spendings(key).into_iter().enumerate() {
-            if spending.is_limited() {
-                // What the key holds by then goes back.
-                spending.hold(amount, now).map_err(|period| reached(place, spending, period))?;
-                quota.of[place] = Some(Held { spending: spending.clone(), amount });
-            }
+        let mut quota = Quota::default();
+        for (place, spending) in limits(key) {
+            // What the key holds by then goes back.
+            spending.hold(amount, now_ms()).map_err(|period| reached(place, spending, period))?;
+            quota.of[place] = Some(Held { spending: spending.clone(), amount });
         }
         Ok(quota)
     }

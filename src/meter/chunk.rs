@@ -1,5 +1,6 @@
 //! Reads the JSON of an answer in OpenAI's shape, a chunk of a stream or the whole, and feeds its texts to a meter.
 
+use std::cell::RefCell;
 use std::{mem, ops::Range};
 
 use simd_json::prelude::*;
@@ -15,7 +16,17 @@ pub(super) const DEPTH_MAX: usize = 128;
 /// Scratch buffers that have grown beyond this for one answer are not kept for the next.
 const SCRATCH_KEPT_BYTES_MAX: usize = 64 << 10;
 
-/// Reads chunks on reused buffers: one for a worker thread serves all its streams.
+thread_local! {
+    /// One for all answers of a worker: an answer itself keeps no scratch.
+    static READER: RefCell<Reader> = RefCell::new(Reader::new());
+}
+
+/// Reads one answer or chunk, as [`Reader::read`] does, on the buffers of this thread.
+pub fn read(data: &[u8], meter: &mut Meter) -> Option<Chunk> {
+    READER.with_borrow_mut(|reader| reader.read(data, meter))
+}
+
+/// Reads chunks on reused buffers.
 pub struct Reader {
     scratch: Vec<u8>,
     buffers: Buffers,

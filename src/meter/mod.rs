@@ -12,7 +12,7 @@ mod vocabulary;
 
 use smallvec::SmallVec;
 
-pub use chunk::{Chunk, Reader, Usage};
+pub use chunk::{Chunk, Reader, Usage, read};
 pub use prompt::{Prompt, count_prompt, prompt_bound};
 pub use running::Running;
 pub use vocabulary::Vocabulary;

@@ -6,7 +6,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -58,6 +58,8 @@ pub struct Guarded<T> {
     calls: Arc<Calls>,
     deadlines: Deadlines,
     timer: Pin<Box<Sleep>>,
+    /// Whom the timer wakes: until it has elapsed there is no need to ask it again.
+    asked_by: Option<Waker>,
     active: Instant,
     head_since: Option<Instant>,
     stalled_since: Option<Instant>,
@@ -77,6 +79,7 @@ impl<T> Guarded<T> {
             calls,
             deadlines,
             timer,
+            asked_by: None,
             active: now,
             head_since,
             stalled_since: None,
@@ -90,29 +93,34 @@ impl<T> Guarded<T> {
         self.unread = bytes;
     }
 
-    /// The nearest deadline as things stand.
-    fn due(&self) -> Instant {
+    /// The nearest deadline as things stand; `None` with a request in hand and nothing stalled.
+    fn due(&self) -> Option<Instant> {
         let in_hand = self.calls.0.load(Ordering::Relaxed) > 0;
         let stalled = self.stalled_since.map(|since| since + self.deadlines.write);
         let head = self.head_since.filter(|_| !in_hand && !self.http2).map(|since| since + self.deadlines.head);
         let idle = (!in_hand).then(|| self.active + self.deadlines.idle);
-        let nearest = [stalled, head, idle].into_iter().flatten().min();
-        // With a request in hand and nothing stalled there is no deadline; look again later.
-        nearest.unwrap_or_else(|| Instant::now() + self.deadlines.idle)
+        [stalled, head, idle].into_iter().flatten().min()
     }
 
     /// `Ready` when a deadline has passed.
     fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            let due = self.due();
-            if due < self.timer.deadline() {
+            if let Some(due) = self.due().filter(|due| *due < self.timer.deadline()) {
                 self.timer.as_mut().reset(due);
+                self.asked_by = None;
             }
-            if self.timer.as_mut().poll(cx).is_pending() {
+            let asked = self.asked_by.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+            if asked && !self.timer.is_elapsed() {
                 return Poll::Pending;
             }
-            let due = self.due();
-            if due <= Instant::now() {
+            if self.timer.as_mut().poll(cx).is_pending() {
+                self.asked_by = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+            self.asked_by = None;
+            let now = Instant::now();
+            let due = self.due().unwrap_or_else(|| now + self.deadlines.idle); // without one it looks again later
+            if due <= now {
                 return Poll::Ready(());
             }
             self.timer.as_mut().reset(due);

@@ -66,7 +66,8 @@ impl From<Error> for Refused {
 
 async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -> Result<Response<Reply>, Refused> {
     let snapshot = gateway.snapshot.load_full();
-    let admit = || preprocess::admit(&world(gateway, &snapshot), presented(&parts.headers));
+    let world = world(gateway, &snapshot);
+    let admit = || preprocess::admit(&world, presented(&parts.headers));
     Ok(match route::of(&parts.method, parts.uri.path())? {
         Route::Preflight => reply::preflight(&parts.headers),
         Route::Health => reply::text(hyper::StatusCode::OK, "ok\n"),
@@ -95,7 +96,7 @@ async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -
                     .await
                     .map_err(refused)?,
             };
-            let called = call(gateway, &snapshot, parts, admitted, received, id).await;
+            let called = call(gateway, &snapshot, &world, parts, admitted, received, id).await;
             called.map_err(|error| Refused { error, shape })?
         }
     })
@@ -104,6 +105,7 @@ async fn walk(gateway: &Arc<Gateway>, parts: &Parts, body: Incoming, id: &str) -
 async fn call(
     gateway: &Arc<Gateway>,
     snapshot: &Snapshot,
+    world: &World<'_>,
     parts: &Parts,
     admitted: Admitted,
     received: Received,
@@ -111,7 +113,7 @@ async fn call(
 ) -> Result<Response<Reply>, Error> {
     let Received { head, body, upload, weight } = received;
     let (api, sent) = (head.api, body.clone());
-    match preprocess::decide(&world(gateway, snapshot), admitted, head, body)? {
+    match preprocess::decide(world, admitted, head, body)? {
         Decision::Answer(command) => Box::pin(chat::command(gateway, snapshot, &command, &sent, request_id)).await,
         Decision::Forward(call) if !upstream::serves(&call.model, api) => {
             Err(Error::ModelUnsuited { model: call.model.name.clone(), path: api.path })

@@ -14,6 +14,7 @@ mod receive;
 mod relay;
 mod reply;
 mod route;
+mod stop;
 mod templates;
 mod tls;
 mod usage;
@@ -25,9 +26,10 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
 use accept::Stage;
+use stop::Stop;
 
 use crate::catalog::Catalog;
 use crate::config::{self, Config, CountPrompt};
@@ -67,7 +69,7 @@ pub struct Gateway {
     request_ids: RequestIds,
     draining: AtomicBool,
     /// Tells open streams that the patience with them is over.
-    stop: Arc<Notify>,
+    stop: Arc<Stop>,
 }
 
 /// What changes only as a whole; a request keeps the one that it began with.
@@ -160,7 +162,7 @@ impl Server {
             bodies: body::Bodies::of_machine(),
             request_ids: RequestIds::new(random()),
             draining: AtomicBool::new(false),
-            stop: Arc::new(Notify::new()),
+            stop: Arc::default(),
             snapshot: ArcSwap::from_pointee(Snapshot { config, catalog }),
         });
         Ok(Server { gateway, master, doors, changes, metrics })
@@ -201,11 +203,11 @@ impl Server {
         // Each connection has a receiver for as long as it lives.
         if tokio::time::timeout(patience, stages.closed()).await.is_err() {
             gateway.ledger.cut_off();
-            gateway.stop.notify_waiters(); // an error event for every stream that is open
+            gateway.stop.tell(); // an error event for every stream that is open
             let _ = tokio::time::timeout(FAREWELL_MAX, stages.closed()).await;
             stages.send_replace(Stage::Aborting);
         }
-        gateway.stop.notify_waiters(); // answers that are read on for nobody
+        gateway.stop.tell(); // answers that are read on for nobody
         let stopped = gateway.ledger.stop(SETTLE_MAX).await;
         books.abort();
         watching.abort();

@@ -14,7 +14,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::relay::{Broke, Terms};
 use crate::ledger::{Ended, OpenLine};
-use crate::meter::{Meter, Reader, Usage, Vocabulary};
+use crate::meter::{self, Meter, Usage, Vocabulary};
 use crate::sse::Parser;
 use crate::store::EndReason;
 use crate::upstream::Other;
@@ -24,7 +24,7 @@ fn is_error(chunk: &Bytes) -> bool {
     let (mut parser, mut at, mut meter) = (Parser::new(), 0, Meter::new(Vocabulary::O200k));
     let first = parser.next(chunk, &mut at).filter(|event| event.dispatched);
     first.is_some_and(|event| {
-        event.name == b"error" || Reader::new().read(event.data, &mut meter).is_some_and(|read| read.error)
+        event.name == b"error" || meter::read(event.data, &mut meter).is_some_and(|read| read.error)
     })
 }
 
@@ -59,7 +59,7 @@ impl Pass {
             content: false,
             breaking: false,
             last_chunk: Instant::now(),
-            stop: Box::pin(terms.stop.clone().notified_owned()),
+            stop: Box::pin(terms.stop.wait()),
             quiet: Box::pin(tokio::time::sleep(terms.silence_max)),
             terms,
         }
@@ -86,7 +86,7 @@ impl Pass {
                     continue;
                 }
                 let mut meter = Meter::new(Vocabulary::O200k); // its texts are of no interest
-                if let Some(read) = Reader::new().read(event.data, &mut meter) {
+                if let Some(read) = meter::read(event.data, &mut meter) {
                     self.usage = read.usage.or(self.usage);
                     self.usage_invalid |= read.usage_invalid;
                 }

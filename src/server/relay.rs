@@ -6,19 +6,19 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame as BodyFrame};
 use serde_json::json;
-use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 
 use super::body::Weight;
 use super::in_chat;
 use super::journey::Opened;
+use super::stop::Stop;
 use crate::config::Language;
 use crate::error::Error;
 use crate::ledger::{Ended, OpenLine, Slices};
@@ -64,7 +64,7 @@ pub struct Terms {
     /// Errors are told as text of the answer, which then ends well, in this language.
     pub in_chat: Option<Language>,
     /// Notified when the node's patience with open streams is over.
-    pub stop: Arc<Notify>,
+    pub stop: Arc<Stop>,
     /// Counts the request's body as in flight for as long as the relay lives.
     pub _weight: Weight,
 }
@@ -90,6 +90,9 @@ pub struct Relay {
     last_comment: Instant,
     stop: Pin<Box<OwnedNotified>>,
     quiet: Pin<Box<Sleep>>,
+    /// Whom `stop` and `quiet` wake: while neither has anything new, asking them again would cost a chunk more than its
+    /// frame.
+    asked_by: Option<Waker>,
 }
 
 enum Phase {
@@ -136,7 +139,8 @@ impl Relay {
             begun: terms.begun,
             last_chunk: now,
             last_comment: now,
-            stop: Box::pin(terms.stop.clone().notified_owned()),
+            stop: Box::pin(terms.stop.wait()),
+            asked_by: None,
             quiet: Box::pin(tokio::time::sleep(terms.keep_alive)),
             terms,
         }
@@ -472,6 +476,19 @@ impl Relay {
 
     /// Nothing came: a comment when that has lasted, an end when it has lasted too long or the node stops.
     fn keep_alive(&mut self, cx: &mut Context<'_>, at_boundary: bool) -> Poll<()> {
+        let asked = self.asked_by.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+        if asked && !self.quiet.is_elapsed() && !self.terms.stop.is_told() {
+            return Poll::Pending;
+        }
+        self.asked_by = None;
+        let polled = self.stop_or_comment(cx, at_boundary);
+        if polled.is_pending() {
+            self.asked_by = Some(cx.waker().clone());
+        }
+        polled
+    }
+
+    fn stop_or_comment(&mut self, cx: &mut Context<'_>, at_boundary: bool) -> Poll<()> {
         if self.stop.as_mut().poll(cx).is_ready() {
             self.give_up(EndReason::Drained, &Error::Draining);
             return Poll::Ready(());
@@ -570,7 +587,7 @@ impl Drop for Relay {
                 if frames.is_drained()
                     && let Ok(runtime) = tokio::runtime::Handle::try_current()
                 {
-                    let stop = std::mem::replace(&mut self.stop, Box::pin(self.terms.stop.clone().notified_owned()));
+                    let stop = std::mem::replace(&mut self.stop, Box::pin(self.terms.stop.wait()));
                     runtime.spawn(async move {
                         // A node that stops waits for no answer that nobody reads.
                         tokio::select! {

@@ -3,6 +3,7 @@
 mod log;
 mod metrics;
 
+use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -49,18 +50,24 @@ pub fn start(level: &str, json: bool, file: Option<&Path>) -> Result<Guard, Stri
 /// Gives every request an id of its own: a random prefix for the process, and a number.
 #[derive(Debug)]
 pub struct RequestIds {
-    prefix: u64,
+    /// With its dash.
+    prefix: String,
     next: AtomicU64,
 }
 
 impl RequestIds {
     /// `prefix` is random, so that ids of two processes do not meet.
     pub fn new(prefix: [u8; 8]) -> RequestIds {
-        RequestIds { prefix: u64::from_be_bytes(prefix), next: AtomicU64::new(1) }
+        RequestIds { prefix: format!("{:016x}-", u64::from_be_bytes(prefix)), next: AtomicU64::new(1) }
     }
 
     /// The next id: 16 hexadecimal digits, a dash, a number.
     pub fn next(&self) -> String {
-        format!("{:016x}-{}", self.prefix, self.next.fetch_add(1, Ordering::Relaxed))
+        const NUMBER_BYTES_MAX: usize = 20;
+        let mut id = String::with_capacity(self.prefix.len() + NUMBER_BYTES_MAX);
+        id.push_str(&self.prefix);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        write!(id, "{number}").expect("a string takes every write");
+        id
     }
 }

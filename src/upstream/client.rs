@@ -5,6 +5,7 @@
 //! request is repeated once on a fresh connection when a pooled one closed before one byte of answer. HTTP/2 connections
 //! are shared and keep a task.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
@@ -14,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::{http1, http2};
 use hyper::{Request, Response, Uri};
@@ -42,6 +43,17 @@ const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 /// An HTTP/2 connection that answers no ping is dead.
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A chunk up to this long is moved out of its connection's buffer, which hyper could otherwise not use again before the
+/// chunk is written: it would make another one, of 8 KiB, for each.
+const SHORT_BYTES_MAX: usize = 2048;
+/// Short chunks share a buffer of this size, so one that waits for a slow reader keeps no more than it would have kept.
+const SHARED_BYTES: usize = 8192;
+
+thread_local! {
+    /// What is left of the buffer for the next short chunks of this worker.
+    static SHARED: RefCell<BytesMut> = RefCell::new(BytesMut::with_capacity(SHARED_BYTES));
+}
 
 type Io = TokioIo<Watched>;
 
@@ -483,7 +495,7 @@ impl Http1Body {
                 if data.is_none() {
                     self.give_back();
                 }
-                return Poll::Ready(data);
+                return Poll::Ready(data.map(|data| data.map(moved)));
             }
             // Asking the body has told the connection that there is room for a chunk; now it may read one.
             let Some(line) = &mut self.line else { return Poll::Ready(Some(Err(Broken::Cut))) };
@@ -497,7 +509,7 @@ impl Http1Body {
                     self.give_back();
                     Poll::Ready(None)
                 }
-                ready => ready,
+                Poll::Ready(Some(data)) => Poll::Ready(Some(data.map(moved))),
             };
         }
     }
@@ -510,6 +522,16 @@ impl Http1Body {
             self.client.put_idle(std::mem::take(&mut self.origin), line);
         }
     }
+}
+
+fn moved(chunk: Bytes) -> Bytes {
+    if chunk.len() > SHORT_BYTES_MAX {
+        return chunk;
+    }
+    SHARED.with_borrow_mut(|shared| {
+        shared.extend_from_slice(&chunk);
+        shared.split().freeze()
+    })
 }
 
 impl AsyncRead for Watched {

@@ -3,7 +3,6 @@
 //! Nothing is copied: a frame is a span of the chunk that it arrived in, or the slices of several chunks. It is edited only
 //! where it must be: a mapped model's name back, and a usage chunk that the client did not ask for.
 
-use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::task::{Context, Poll};
@@ -17,7 +16,7 @@ use super::error_in_stream;
 use super::openai::DONE;
 use crate::config::OnDisconnect;
 use crate::error::Error;
-use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary, calibrated};
+use crate::meter::{self, Chunk, Meter, Usage, Vocabulary, calibrated};
 use crate::pool::Permit;
 use crate::request::ANSWERS_MAX;
 use crate::sse::Parser;
@@ -33,11 +32,6 @@ const DRAIN_BYTES_MAX: usize = 16 << 20;
 const BYTES_PER_TOKEN: u64 = 4;
 /// Choices of one answer whose ends are kept apart: what may be asked for is bounded by the same number.
 const CHOICES_MAX: usize = ANSWERS_MAX as usize;
-
-thread_local! {
-    /// One for all streams of a worker: a stream itself keeps no scratch.
-    static READER: RefCell<Reader> = RefCell::new(Reader::new());
-}
 
 /// Where a frame's bytes are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -384,7 +378,7 @@ impl Frames {
             if calibrated(at_most, self.calibration_micro) > self.watch {
                 self.before = calibrated(self.meter.total() + uncounted, self.calibration_micro);
             }
-            read = READER.with_borrow_mut(|reader| reader.read(event.data, &mut self.meter));
+            read = meter::read(event.data, &mut self.meter);
             frame.failed = named_error;
         }
         let failed = frame.failed || read.as_ref().is_some_and(|chunk| chunk.error);
@@ -507,7 +501,7 @@ fn whole(frame: Bytes, name: Bytes) -> Place {
     let mut meter = Meter::new(Vocabulary::O200k); // counted already: this count is thrown away
     let mut parser = Parser::new();
     let found = parser.next(&frame, &mut at).and_then(|event| {
-        let chunk = READER.with_borrow_mut(|reader| reader.read(event.data, &mut meter))?;
+        let chunk = meter::read(event.data, &mut meter)?;
         let (data_at, value) = event.data_at.zip(chunk.model)?;
         Some(data_at + value.start..data_at + value.end)
     });

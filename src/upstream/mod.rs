@@ -12,12 +12,16 @@ pub mod qianwen;
 pub mod translate;
 mod whole;
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
 use hyper::{Request, Response};
+use tokio::time::error::Elapsed;
 
 pub use client::{Broken, Client, Pieces, Rest, Source, Stopped};
 pub use frames::{Editing, Frame, Frames, Place};
@@ -374,7 +378,7 @@ impl Upstream {
         };
         let mut pieces: Vec<Bytes> = Vec::new();
         let mut length = 0;
-        while let Some(chunk) = tokio::time::timeout(self.silence_max(), source.chunk()).await.map_err(silent)? {
+        while let Some(chunk) = timely(self.silence_max(), source.chunk()).await.map_err(silent)? {
             let chunk =
                 chunk.map_err(|_| Failure::elsewhere(Error::UpstreamFailed { reason: "its answer broke off" }))?;
             length += chunk.len();
@@ -447,6 +451,15 @@ impl Failure {
 
     fn last(error: Error) -> Failure {
         Failure { error, again: false, rest: None }
+    }
+}
+
+/// A timeout that looks at no clock where the future is ready at once, as what has been read already is.
+async fn timely<F: Future>(limit: Duration, future: F) -> Result<F::Output, Elapsed> {
+    let mut future = pin!(future);
+    match poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await {
+        Poll::Ready(output) => Ok(output),
+        Poll::Pending => tokio::time::timeout(limit, future).await,
     }
 }
 

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::meter::{Chunk, Meter, Reader, Usage, Vocabulary, calibrated};
+use crate::meter::{self, Chunk, Meter, Usage, Vocabulary, calibrated};
 use crate::request::{Api, Form};
 
 /// A whole answer in OpenAI's shape.
@@ -34,7 +34,7 @@ impl Whole {
         model: Option<&str>,
     ) -> Option<Whole> {
         let mut meter = Meter::new(vocabulary);
-        let read = match Reader::new().read(&body, &mut meter) {
+        let read = match meter::read(&body, &mut meter) {
             // Some rank without an object around the list.
             None if !api.is_measured() => Chunk::default(),
             read => read?,

@@ -14,6 +14,7 @@ mod process;
 mod proxies;
 mod report;
 mod wire;
+mod workers;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -43,8 +44,10 @@ pub const MAPPED: &str = "mapped";
 /// The longest that the whole run may take.
 const RUN_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-const PROXY_CORE: usize = 0;
-const DRIVER_CORE: usize = 1;
+const PROXY_CORE: &str = "0";
+const DRIVER_CORE: &str = "1";
+/// Where two workers have the first two, and there is a third.
+const SPARE_CORE: &str = "2";
 
 const FULL: Size = Size { requests: 8000, streams: 800, paced_chunks: 40, latency_requests: 400 };
 const QUICK: Size = Size { requests: 800, streams: 160, paced_chunks: 8, latency_requests: 100 };
@@ -80,6 +83,8 @@ enum Part {
     Memory,
     /// What hostile texts cost, and what others notice of them; only when it is asked for.
     Hostile,
+    /// One worker beside two; only when it is asked for.
+    Workers,
     /// The upstream, in a process of its own.
     #[command(hide = true)]
     Mock,
@@ -97,7 +102,7 @@ fn main() -> Outcome<()> {
             in_child(|listener| runtime()?.block_on(async { Ok(bare::serve(listener()?, upstream).await?) }))
         }
         part => {
-            let cores = Cores::assign()?;
+            let cores = Cores::assign(part)?;
             runtime()?.block_on(async {
                 tokio::select! {
                     outcome = tokio::time::timeout(RUN_TIMEOUT, run(&args, part, cores)) => outcome?,
@@ -142,23 +147,27 @@ fn raise_file_limit() -> Outcome<()> {
 /// Which core is whose; `None` on a machine with a single one.
 #[derive(Clone, Copy)]
 struct Cores {
-    proxy: Option<usize>,
-    driver: Option<usize>,
+    proxy: Option<&'static str>,
+    driver: Option<&'static str>,
 }
 
 impl Cores {
     /// Moves this process to the driver's core, before it has a second thread.
-    fn assign() -> Outcome<Cores> {
-        if std::thread::available_parallelism()?.get() <= DRIVER_CORE {
-            println!("One core only: nothing is pinned, and the figures mean little.");
-            return Ok(Cores { proxy: None, driver: None });
-        }
+    fn assign(part: Option<Part>) -> Outcome<Cores> {
+        let driver = match (std::thread::available_parallelism()?.get(), part) {
+            (1, _) => {
+                println!("One core only: nothing is pinned, and the figures mean little.");
+                return Ok(Cores { proxy: None, driver: None });
+            }
+            (3.., Some(Part::Workers)) => SPARE_CORE,
+            _ => DRIVER_CORE,
+        };
         let me = getpid().as_raw_nonzero().to_string();
-        let status = Command::new("taskset").args(["-a", "-p", "-c", &DRIVER_CORE.to_string(), &me]).output()?.status;
+        let status = Command::new("taskset").args(["-a", "-p", "-c", driver, &me]).output()?.status;
         if !status.success() {
             return Err("taskset could not pin the driver".into());
         }
-        Ok(Cores { proxy: Some(PROXY_CORE), driver: Some(DRIVER_CORE) })
+        Ok(Cores { proxy: Some(PROXY_CORE), driver: Some(driver) })
     }
 }
 
@@ -167,9 +176,13 @@ async fn run(args: &Args, part: Option<Part>, cores: Cores) -> Outcome<()> {
         if args.quick { (QUICK, 1, args.held.min(100)) } else { (FULL, args.rounds.clamp(1, 100), args.held) };
     let folder = tempfile::tempdir()?;
     let (mock, upstream) = start_mock(cores, folder.path())?;
-    let place = Place { folder: folder.path(), upstream, core: cores.proxy, gateway: &args.gateway, more: "" };
+    let place =
+        Place { folder: folder.path(), upstream, cores: cores.proxy, workers: 1, gateway: &args.gateway, more: "" };
     if part == Some(Part::Hostile) {
         return hostile::run(&place).await;
+    }
+    if part == Some(Part::Workers) {
+        return workers::run(&place, mock.id(), size, rounds, cores.driver == Some(SPARE_CORE)).await;
     }
     let wants = |one: Part| part.is_none() || part == Some(one);
 

@@ -44,12 +44,12 @@ impl Drop for Process {
     }
 }
 
-/// `program` on one core alone, or unpinned where there is none to spare.
-pub fn pinned(program: &Path, core: Option<usize>) -> Command {
-    match core {
-        Some(core) => {
+/// `program` on these cores alone, or unpinned where there is none to spare.
+pub fn pinned(program: &Path, cores: Option<&str>) -> Command {
+    match cores {
+        Some(cores) => {
             let mut command = Command::new("taskset");
-            command.args(["-c", &core.to_string()]).arg(program);
+            command.args(["-c", cores]).arg(program);
             command
         }
         None => Command::new(program),

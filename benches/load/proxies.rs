@@ -17,8 +17,10 @@ pub struct Place<'a> {
     /// A folder of its own for configuration, data and logs.
     pub folder: &'a Path,
     pub upstream: SocketAddr,
-    /// The core that is the proxy's alone.
-    pub core: Option<usize>,
+    /// The cores that are the proxy's alone, as taskset has them.
+    pub cores: Option<&'static str>,
+    /// The gateway's.
+    pub workers: usize,
     /// The gateway's executable.
     pub gateway: &'a Path,
     /// Further lines of the gateway's configuration.
@@ -66,7 +68,7 @@ fn nginx(place: &Place) -> Outcome<(Process, SocketAddr)> {
     fs::create_dir_all(&folder)?;
     let config = folder.join("nginx.conf");
     fs::write(&config, nginx_config(&folder, address, place.upstream))?;
-    let mut command = process::pinned(Path::new("nginx"), place.core);
+    let mut command = process::pinned(Path::new("nginx"), place.cores);
     command.arg("-e").arg(folder.join("early.log")).arg("-p").arg(&folder).arg("-c").arg(&config);
     let log = folder.join("stderr.log");
     let process = process::start(command, &log)?;
@@ -111,7 +113,7 @@ http {{
 }
 
 fn bare(place: &Place) -> Outcome<(Process, SocketAddr)> {
-    let mut command = process::pinned(&std::env::current_exe()?, place.core);
+    let mut command = process::pinned(&std::env::current_exe()?, place.cores);
     command.arg("bare").arg(place.upstream.to_string());
     process::start_listening(command, &place.folder.join("bare.log"))
 }
@@ -124,8 +126,8 @@ fn gateway(place: &Place) -> Outcome<(Process, SocketAddr)> {
     }
     fs::create_dir_all(&folder)?;
     let config = folder.join("gpt-cat.toml");
-    fs::write(&config, gateway_config(&folder, place.upstream) + place.more)?;
-    let mut command = process::pinned(place.gateway, place.core);
+    fs::write(&config, gateway_config(&folder, place) + place.more)?;
+    let mut command = process::pinned(place.gateway, place.cores);
     set_apart(&mut command, &folder);
     command.arg("serve").arg("--config").arg(&config).env("GPT_CAT_FIRST_KEY", KEY);
     let started = process::start_listening(command, &folder.join("stderr.log"))?;
@@ -134,12 +136,12 @@ fn gateway(place: &Place) -> Outcome<(Process, SocketAddr)> {
 }
 
 /// The endpoint is the built-in one at another address, so that none is left which points out of this machine.
-fn gateway_config(folder: &Path, upstream: SocketAddr) -> String {
+fn gateway_config(folder: &Path, place: &Place) -> String {
     format!(
         "database_url = \"sqlite:{folder}/gpt-cat.db\"
 [server]
 http = \"127.0.0.1:0\"
-workers = 1
+workers = {workers}
 [admin]
 listen = \"off\"
 [ledger]
@@ -156,7 +158,9 @@ output = \"10.00\"
 input = \"2.50\"
 output = \"10.00\"
 ",
-        folder = folder.display()
+        folder = folder.display(),
+        workers = place.workers,
+        upstream = place.upstream,
     )
 }
 

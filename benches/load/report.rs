@@ -27,7 +27,9 @@ pub fn print(rows: &[Row], direct: &[Duration]) {
     for (at, scenario) in SCENARIOS.iter().enumerate() {
         let mut cells = vec![scenario.name.to_owned()];
         cells.extend(rows.iter().map(|row| value(&row.costs[at], |cost| cost.unit_us, 1)));
-        cells.extend([0, 1].map(|other| ratio(&rows[last].costs[at], &rows[other.min(last)].costs[at])));
+        cells.extend(
+            [0, 1].map(|other| ratio(&rows[last].costs[at], &rows[other.min(last)].costs[at], |cost| cost.unit_us)),
+        );
         cells.push(scenario.gate.map_or_else(absent, |gate| format!("{gate:.2}")));
         println!("| {} |", cells.join(" | "));
     }
@@ -61,13 +63,14 @@ pub fn print(rows: &[Row], direct: &[Duration]) {
     }
 }
 
-fn value(costs: &[Cost], of: fn(&Cost) -> f64, decimals: usize) -> String {
+/// The median of the rounds, to be shown.
+pub fn value(costs: &[Cost], of: fn(&Cost) -> f64, decimals: usize) -> String {
     middle(costs.iter().map(of).collect()).map_or_else(absent, |(median, ..)| format!("{median:.decimals$}"))
 }
 
 /// The median of the rounds' ratios, with the smallest and the largest.
-fn ratio(costs: &[Cost], others: &[Cost]) -> String {
-    let ratios = costs.iter().zip(others).map(|(cost, other)| cost.unit_us / other.unit_us).collect();
+pub fn ratio(costs: &[Cost], others: &[Cost], of: fn(&Cost) -> f64) -> String {
+    let ratios = costs.iter().zip(others).map(|(cost, other)| of(cost) / of(other)).collect();
     middle(ratios).map_or_else(absent, |(median, least, most)| format!("{median:.2} ({least:.2}–{most:.2})"))
 }
 
@@ -89,7 +92,7 @@ fn quantile(times: &[Duration], share: f64) -> Option<Duration> {
 }
 
 /// Median, least and most.
-fn middle(mut values: Vec<f64>) -> Option<(f64, f64, f64)> {
+pub fn middle(mut values: Vec<f64>) -> Option<(f64, f64, f64)> {
     values.sort_unstable_by(f64::total_cmp);
     let (least, most) = (*values.first()?, *values.last()?);
     let half = values.len() / 2;

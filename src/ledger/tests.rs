@@ -684,6 +684,40 @@ async fn a_key_whose_figures_were_read_goes_on_without_the_database_and_another_
 }
 
 #[tokio::test]
+async fn calls_wait_a_second_for_a_database_that_hangs_all_of_them_together() {
+    for Fixture { store, .. } in &each_store().await {
+        with_limits(store, total(1000)).await;
+        let mut node = Node::quiet(store).await;
+        node.store = Store { faults: Arc::default(), ..store.clone() };
+        let faults = node.ledger.store.faults.clone();
+        let busy = node.open(10).await.unwrap();
+        node.open(500).await.unwrap().end(answered(10)); // there is money here for more calls
+        let other = store.keys(None).await.unwrap().into_iter().find(|key| key.name == "other").unwrap().id;
+        node.store.limit_key(other, total(500)).await.unwrap();
+        node.users.apply(&node.store, &Change::Key(other)).await.unwrap();
+        faults.hang();
+        let began = Instant::now();
+        let unknown = || node.open_with(OTHER, "r", 5);
+        let (a, b, c, known) = tokio::join!(unknown(), unknown(), unknown(), node.open(10));
+        for refused in [a, b, c] {
+            assert!(matches!(refused, Err(Error::NodeUnavailable { .. })), "its figures were never read");
+        }
+        let known = known.expect("its figures are there");
+        assert!(began.elapsed() < Duration::from_millis(1900), "one after the other: {:?}", began.elapsed());
+        let began = Instant::now();
+        unknown().await.unwrap_err();
+        assert!(began.elapsed() < Duration::from_millis(500), "it hung a moment ago");
+        faults.end();
+        known.end(answered(10));
+        busy.end(answered(10));
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        unknown().await.unwrap().end(answered(5));
+        node.pass_seconds().await;
+        node.assert_books().await;
+    }
+}
+
+#[tokio::test]
 async fn a_line_that_was_passed_over_is_charged_at_the_next_start_and_once() {
     for Fixture { store, .. } in &each_store().await {
         with_limits(store, NewLimits::default()).await;

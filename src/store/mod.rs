@@ -128,7 +128,7 @@ macro_rules! transactions {
             pub async fn $name(&self, $($given: $type),*) -> Result<$result, StoreError> {
                 let (writes, long) = (matches!(stringify!($mode), "write"), matches!(stringify!($mode), "report"));
                 #[cfg(test)]
-                self.faults.before()?;
+                self.faults.before().await?;
                 let worked = match &self.database {
                     Database::Sqlite(sqlite) => sqlite.run(writes, move |tx| at_once($room::$name(tx, $($given),*))).await,
                     Database::Postgres(postgres) => {

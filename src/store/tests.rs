@@ -15,6 +15,7 @@ pub struct Faults {
     unreached: AtomicBool,
     before: AtomicBool,
     after: AtomicBool,
+    hangs: AtomicBool,
     /// Transactions that were tried.
     pub tried: AtomicU64,
 }
@@ -32,13 +33,22 @@ impl Faults {
         self.after.store(true, Ordering::Relaxed);
     }
 
+    /// Nothing that is tried comes to an end.
+    pub fn hang(&self) {
+        self.hangs.store(true, Ordering::Relaxed);
+    }
+
     pub fn end(&self) {
+        self.hangs.store(false, Ordering::Relaxed);
         self.before.store(false, Ordering::Relaxed);
         self.after.store(false, Ordering::Relaxed);
     }
 
-    pub fn before(&self) -> Result<(), StoreError> {
+    pub async fn before(&self) -> Result<(), StoreError> {
         self.tried.fetch_add(1, Ordering::Relaxed);
+        if self.hangs.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
         if self.unreached.swap(false, Ordering::Relaxed) {
             return Err(StoreError::Unreached("nobody there".into()));
         }

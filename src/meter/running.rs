@@ -131,7 +131,7 @@ impl Running {
         self.committed + self.tail.len() as u64
     }
 
-    /// Whether the total is not exact: a piece was too long to keep, or a delta too long to count.
+    /// Whether the last [`total`](Self::total) was not exact: a piece was too long to keep, or a delta too long to count.
     pub fn is_estimated(&self) -> bool {
         self.estimated
     }
@@ -316,6 +316,22 @@ mod tests {
         let mut running = Running::new(Vocabulary::O200k);
         running.push(&"some words ".repeat(1400));
         assert!(running.tail.capacity() <= BUFFER_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_total_asked_for_at_each_character_of_a_long_piece_says_when_it_is_exact_no_more() {
+        let (mut running, mut text) = (Running::new(Vocabulary::O200k), String::new());
+        let mut exact = 0;
+        for character in "<\0>\u{fffd}".repeat(250).chars() {
+            text.push(character);
+            running.push(character.encode_utf8(&mut [0; 4]));
+            let total = running.total();
+            if !running.is_estimated() {
+                assert_eq!(total, Vocabulary::O200k.count(&text));
+                exact += 1;
+            }
+        }
+        assert!(exact > 100 && running.is_estimated(), "its budget was spent after {exact}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What the gateway costs beside nginx and beside a proxy of bare hyper: CPU, speed, added time, memory.
 //!
-//! `cargo build --release && cargo bench --bench load` runs all of it in about ten minutes and prints its tables;
-//! `-- --quick` is a smoke test of one short round. Each proxy has core 0 to itself while it is measured; this driver
+//! `cargo bench --profile release --bench load` runs all of it in about three minutes and prints its tables (by the release's
+//! profile, since a bench builds the gateway again by its own); `-- --quick` is a smoke test of one short round. Each proxy has core 0 to itself while it is measured; this driver
 //! and its upstream share core 1. The proxies take turns within each round, so that a machine which slows down slows
 //! all of them. Every answer is checked whole. Needs `nginx` and `taskset` on the PATH.
 

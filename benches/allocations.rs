@@ -6,6 +6,7 @@
 
 #[path = "load/bare.rs"]
 mod bare;
+mod support;
 
 use std::alloc::System;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -15,9 +16,7 @@ use std::time::Duration;
 
 use gpt_cat::config::Config;
 use gpt_cat::server::{Doors, Server};
-use gpt_cat::store::{MasterKey, NewAccount, Store};
 use gpt_cat::upstream::dialects;
-use gpt_cat::users::hash_key;
 use memchr::memmem;
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
@@ -199,21 +198,7 @@ fn serve_gateway(upstream: SocketAddr) -> Outcome<()> {
     );
     runtime()?.block_on(async {
         let config = Config::load(Some(toml.as_str()), [], &dialects())?;
-        let store = Store::open(&config.database_url).await?;
-        let master = MasterKey::load(None, &folder.path().join("master.key"))?;
-        store.add_user("ann".into(), "default".into(), i64::MAX / 4, Some((hash_key(KEY), "ions".into()))).await?;
-        let account = NewAccount {
-            name: "first".into(),
-            endpoint: "up".into(),
-            sealed_key: master.seal("sk-upstream"),
-            hint: "ream".into(),
-            base_url: None,
-            models: None,
-            weight: 1,
-            tier: 0,
-            concurrency: Some(100),
-        };
-        store.add_account(account).await?;
+        let (store, master) = support::filled(&config.database_url, folder.path(), KEY, "up", 1).await;
         let doors = Doors::open(&config.server).await?;
         let address = doors.http_address().ok_or("no address")?;
         let server = Server::start(config, store, master, doors).await?;

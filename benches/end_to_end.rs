@@ -1,13 +1,13 @@
 //! A whole call over loopback sockets: client, gateway and a scripted upstream on one thread.
 
+mod support;
+
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use gpt_cat::config::Config;
 use gpt_cat::server::{Doors, Server};
-use gpt_cat::store::{MasterKey, NewAccount, Store};
 use gpt_cat::upstream::dialects;
-use gpt_cat::users::hash_key;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -71,22 +71,7 @@ async fn gateway(folder: &std::path::Path) -> std::net::SocketAddr {
         upstream().await
     );
     let config = Config::load(Some(toml.as_str()), [], &dialects()).expect("a configuration");
-    let store = Store::open(&config.database_url).await.expect("a database");
-    let master = MasterKey::load(None, &folder.join("master.key")).expect("a key");
-    let key = (hash_key(KEY), "-end".to_owned());
-    store.add_user("ann".into(), "default".into(), i64::MAX / 4, Some(key)).await.expect("a user");
-    let account = NewAccount {
-        name: "first".into(),
-        endpoint: "up".into(),
-        sealed_key: master.seal("sk-upstream"),
-        hint: "ream".into(),
-        base_url: None,
-        models: None,
-        weight: 1,
-        tier: 0,
-        concurrency: Some(100),
-    };
-    store.add_account(account).await.expect("an account");
+    let (store, master) = support::filled(&config.database_url, folder, KEY, "up", 1).await;
     let doors = Doors::open(&config.server).await.expect("a port");
     let address = doors.http_address().expect("plain HTTP");
     let server = Server::start(config, store, master, doors).await.expect("a server");

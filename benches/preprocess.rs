@@ -1,5 +1,7 @@
 //! The steps of the policy, from the key to the call; and an account lent and given back.
 
+mod support;
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +13,8 @@ use gpt_cat::config::{Config, DatabaseUrl};
 use gpt_cat::pool::Pool;
 use gpt_cat::preprocess::{self, Decision, World};
 use gpt_cat::request::Head;
-use gpt_cat::store::{MasterKey, NewAccount, Store};
 use gpt_cat::upstream::dialects;
-use gpt_cat::users::{Users, hash_key};
+use gpt_cat::users::Users;
 
 const KEY: &str = "sk-bench-of-the-steps";
 const ACCOUNTS: usize = 50;
@@ -30,24 +31,8 @@ async fn world() -> Made {
     let folder = tempfile::tempdir().expect("a folder");
     let config =
         Config::load(Some("[title_catch]\nmodel = \"gpt-4o-mini\"\n"), [], &dialects()).expect("a configuration");
-    let store = Store::open(&DatabaseUrl::Sqlite(folder.path().join("x.db"))).await.expect("a database");
-    let master = MasterKey::load(None, &folder.path().join("master.key")).expect("a key");
-    let key = (hash_key(KEY), "teps".to_owned());
-    store.add_user("ann".into(), "default".into(), 1_000_000_000, Some(key)).await.expect("a user");
-    for number in 0..ACCOUNTS {
-        let account = NewAccount {
-            name: format!("account {number}"),
-            endpoint: "openai".into(),
-            sealed_key: master.seal("sk-upstream"),
-            hint: "ream".into(),
-            base_url: None,
-            models: None,
-            weight: 1,
-            tier: 0,
-            concurrency: Some(100),
-        };
-        store.add_account(account).await.expect("an account");
-    }
+    let url = DatabaseUrl::Sqlite(folder.path().join("x.db"));
+    let (store, master) = support::filled(&url, folder.path(), KEY, "openai", ACCOUNTS).await;
     let pool = Pool::new(config.pool.clone());
     pool.reload(&store, &master, &["demo".to_owned()]).await.expect("accounts");
     let catalog = Catalog::load(&config, &store).await.expect("a catalog");

@@ -16,7 +16,7 @@ use gpt_cat::{admin, ledger, telemetry, upstream};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// A request makes some eighty allocations, and nodes run for months: see ARCHITECTURE.md, Measurements.
+/// A request makes some sixty allocations, and nodes run for months: see ARCHITECTURE.md, Measurements.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

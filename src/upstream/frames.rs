@@ -1,7 +1,8 @@
 //! A streamed answer as frames: the bytes as they came, and what they mean.
 //!
-//! Nothing is copied: a frame is a span of the chunk that it arrived in, or the slices of several chunks. It is edited only
-//! where it must be: a mapped model's name back, and a usage chunk that the client did not ask for.
+//! Nothing is copied here (`client` moves short chunks out of hyper's buffer): a frame is a span of the chunk that it
+//! arrived in, or the slices of several chunks. It is edited only where it must be: a mapped model's name back, and a usage
+//! chunk that the client did not ask for.
 
 use std::collections::VecDeque;
 use std::ops::Range;

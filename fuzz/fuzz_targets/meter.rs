@@ -31,5 +31,12 @@ fuzz_target!(|data: &[u8]| {
         assert!(data[model.clone()].starts_with(b"\"") && data[model].ends_with(b"\""));
     }
     assert!(meter.at_most() >= meter.total());
+    // What was read before changes nothing of what is read.
+    let mut used = Reader::new();
+    for chunk in data.split(|byte| *byte == b'\n').take(16) {
+        let (mut behind, mut alone) = (Meter::new(Vocabulary::O200k), Meter::new(Vocabulary::O200k));
+        assert_eq!(used.read(chunk, &mut behind), Reader::new().read(chunk, &mut alone));
+        assert_eq!(behind.total(), alone.total());
+    }
     count_prompt(data, Vocabulary::O200k, Duration::from_secs(1));
 });

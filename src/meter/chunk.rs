@@ -8,6 +8,7 @@ use simd_json::tape::Value;
 use simd_json::{Buffers, Tape};
 use smallvec::SmallVec;
 
+use super::shape::{self, Gaps, Shapes};
 use super::{Kind, Lane, Meter};
 
 /// The deepest nesting that is read, as for request bodies (design: JSON depth 128).
@@ -31,6 +32,7 @@ pub struct Reader {
     scratch: Vec<u8>,
     buffers: Buffers,
     tape: Tape<'static>,
+    shapes: Shapes,
 }
 
 /// What a chunk, or a whole answer, says beside its text.
@@ -76,7 +78,8 @@ pub struct Usage {
 
 impl Reader {
     pub fn new() -> Self {
-        Self { scratch: Vec::new(), buffers: Buffers::with_max_depth(0, DEPTH_MAX), tape: Tape(Vec::new()) }
+        let buffers = Buffers::with_max_depth(0, DEPTH_MAX);
+        Self { scratch: Vec::new(), buffers, tape: Tape(Vec::new()), shapes: Shapes::default() }
     }
 
     /// Reads one answer or chunk and pushes its texts to the meter; `None` when it is no JSON object (`[DONE]`, say).
@@ -84,9 +87,13 @@ impl Reader {
     /// What strict JSON forbids in a string (half of a surrogate pair, bad UTF-8, a bare control character) is read as
     /// some other character of the same length: a lenient client shows the chunk, so it must be counted.
     pub fn read(&mut self, data: &[u8], meter: &mut Meter) -> Option<Chunk> {
+        if let Some(shape::Found { chunk, lane, text }) = self.shapes.find(data) {
+            meter.push(lane, text);
+            return Some(chunk);
+        }
         let chunk = self.read_strictly(data, false, meter).or_else(|| self.read_strictly(data, true, meter));
         if data.len() > SCRATCH_KEPT_BYTES_MAX {
-            *self = Self::new();
+            *self = Self { shapes: mem::take(&mut self.shapes), ..Self::new() };
         }
         chunk
     }
@@ -102,8 +109,11 @@ impl Reader {
         let mut tape = mem::replace(&mut self.tape, Tape(Vec::new())).reset();
         let parsed = simd_json::fill_tape(&mut self.scratch, &mut self.buffers, &mut tape);
         let chunk = parsed.ok().and_then(|()| {
-            let mut walk = Walk { data, base, chunk: Chunk::default(), meter };
+            let mut walk = Walk { data, base, chunk: Chunk::default(), gaps: Gaps::of(data), meter };
             walk.answer(tape.as_value())?;
+            if !mended {
+                self.shapes.learn(data, walk.gaps, &walk.chunk);
+            }
             Some(walk.chunk)
         });
         self.tape = tape.reset();
@@ -123,6 +133,8 @@ struct Walk<'a> {
     /// The address of the scratch copy's first byte.
     base: usize,
     chunk: Chunk,
+    /// Where the next chunk may differ from this one and still say the same.
+    gaps: Gaps,
     meter: &'a mut Meter,
 }
 
@@ -133,12 +145,35 @@ impl Walk<'_> {
                 "choices" => self.choices(value),
                 "data" => self.chunk.data = value.as_array().map_or(0, |data| data.len()),
                 "usage" => self.usage(value),
-                "model" => self.chunk.model = value.as_str().and_then(|model| self.range(model)),
+                "model" => self.model(value.as_str()),
                 "error" => self.chunk.error = value.is_object() || value.is_str(),
+                // What differs between two streams, and OpenAI's padding, which differs between two chunks.
+                "id" | "system_fingerprint" | "obfuscation" => {
+                    if let Some(unread) = value.as_str() {
+                        self.gap(shape::Kind::Unread, unread);
+                    }
+                }
+                "created" if value.is_u64() && self.gaps.are_open() => {
+                    self.gaps.note(shape::Kind::Number, self.number_behind(key))
+                }
                 _ => {}
             }
         }
         Some(())
+    }
+
+    fn model(&mut self, model: Option<&str>) {
+        self.chunk.model = model.and_then(|model| self.range(model));
+        if let Some(model) = model {
+            self.gap(shape::Kind::Model, model);
+        }
+    }
+
+    /// Notes a string that may differ in the next chunk.
+    fn gap(&mut self, kind: shape::Kind, string: &str) {
+        if self.gaps.are_open() {
+            self.gaps.note(kind, self.range(string).map(inside));
+        }
     }
 
     fn choices(&mut self, choices: Value) {
@@ -166,6 +201,10 @@ impl Walk<'_> {
         let Some(fields) = message.as_object() else { return };
         let lane = |kind| Lane { choice, kind };
         for (key, value) in fields.iter() {
+            match key {
+                "reasoning" | "reasoning_details" => self.gaps.fix(), // what is counted of them depends on other texts
+                _ => {}
+            }
             match key {
                 "content" => self.parts(choice, value),
                 "reasoning_content" => self.text(lane(Kind::Reasoning), &value),
@@ -244,6 +283,8 @@ impl Walk<'_> {
     fn text(&mut self, lane: Lane, value: &Value) {
         if let Some(text) = value.as_str().filter(|text| !text.is_empty()) {
             self.chunk.content = true;
+            self.gaps.counted(lane);
+            self.gap(shape::Kind::Text, text);
             self.meter.push(lane, text);
         }
     }
@@ -256,6 +297,15 @@ impl Walk<'_> {
         self.chunk.usage_object = value.is_object();
         self.chunk.usage = believable(&value);
         self.chunk.usage_invalid = self.chunk.usage.is_none();
+    }
+
+    /// Where the integer stands that is the value of a key of the tape.
+    fn number_behind(&self, key: &str) -> Option<Range<usize>> {
+        let key = self.range(key)?;
+        let is_between = |byte: &u8| matches!(byte, b':' | b' ' | b'\t' | b'\n' | b'\r');
+        let start = key.end + self.data[key.end..].iter().take_while(|byte| is_between(byte)).count();
+        let length = self.data[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+        (length > 0).then_some(start..start + length)
     }
 
     /// Where a string of the tape stands in the data, quotes included.
@@ -271,6 +321,11 @@ impl Walk<'_> {
             at += 2;
         }
     }
+}
+
+/// A string without its quotes.
+fn inside(quoted: Range<usize>) -> Range<usize> {
+    quoted.start + 1..quoted.end - 1
 }
 
 /// The entry's `index`, or its place where it has none.
@@ -633,6 +688,95 @@ mod tests {
         assert!(meter.is_estimated());
     }
 
+    /// Whether a chunk behind another one was read without a parse.
+    fn is_found(first: &str, second: &str) -> bool {
+        let (mut reader, mut meter) = (Reader::new(), Meter::new(Vocabulary::O200k));
+        reader.read(first.as_bytes(), &mut meter).expect("an object");
+        reader.shapes.find(second.as_bytes()).is_some()
+    }
+
+    fn like_openai(id: &str, created: &str, delta: &str, rest: &str) -> String {
+        format!(
+            r#"{{"id":"{id}","object":"chat.completion.chunk","created":{created},"model":"gpt-4o","system_fingerprint":"fp_1","choices":[{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":null}}],"usage":null,"obfuscation":"{rest}"}}"#
+        )
+    }
+
+    #[test]
+    fn a_chunk_that_differs_in_its_text_alone_is_not_parsed() {
+        let first = like_openai("a", "1760000000", r#"{"content":"Hi"}"#, "xy");
+        for (second, found) in [
+            (like_openai("another", "1760000001", r#"{"content":" there, 世界"}"#, "q"), true),
+            (like_openai("a", "1760000000", r#"{"content":" there"}"#, ""), true),
+            (like_openai("a", "1760000000", r#"{"content":""}"#, "q"), false),
+            (like_openai("a", "1760000000", r#"{"content":"\n"}"#, "q"), false),
+            (like_openai("a", "1760000000", "{\"content\":\"\u{1}\"}", "q"), false),
+            (like_openai("a", "017", r#"{"content":"Hi"}"#, "q"), false),
+            (like_openai("a", "1.5", r#"{"content":"Hi"}"#, "q"), false),
+            (like_openai("a", "-1", r#"{"content":"Hi"}"#, "q"), false),
+            (like_openai("a", "1760000000", r#"{"content":"Hi","x":1}"#, "q"), false),
+            (like_openai("a", "1760000000", r#"{"refusal":"Hi"}"#, "q"), false),
+            (like_openai("é", "1760000000", r#"{"content":"Hi"}"#, "q"), false),
+            (first[..first.len() - 1].to_owned(), false),
+            (format!("{first} "), false),
+        ] {
+            assert_eq!(is_found(&first, &second), found, "{second}");
+        }
+    }
+
+    #[test]
+    fn what_depends_on_another_text_has_no_shape() {
+        for delta in [
+            r#"{"reasoning":"I think","reasoning_content":"I think"}"#,
+            r#"{"reasoning":"I think","reasoning_details":[{"type":"reasoning.text","text":"I think"}]}"#,
+            r#"{"content":"a","refusal":"b"}"#,
+            r#"{"content":null}"#,
+        ] {
+            let chunk = like_openai("a", "1", delta, "");
+            assert!(!is_found(&chunk, &chunk), "{delta}");
+        }
+    }
+
+    #[test]
+    fn a_stream_whose_chunks_all_differ_does_not_push_out_the_shapes_of_others() {
+        let (mut reader, mut meter) = (Reader::new(), Meter::new(Vocabulary::O200k));
+        let steady = like_openai("a", "1", r#"{"content":"Hi"}"#, "");
+        for number in 0..100 {
+            reader.read(steady.as_bytes(), &mut meter);
+            let differs = steady.replace(r#""usage":null"#, &format!(r#""usage":{{"prompt_tokens":{number}}}"#));
+            reader.read(differs.as_bytes(), &mut meter);
+            assert!(reader.shapes.find(steady.as_bytes()).is_some());
+        }
+    }
+
+    /// Chunks of a few shapes, some with a byte that does not belong there.
+    fn chunk_like() -> impl Strategy<Value = Vec<u8>> {
+        let text = prop::sample::select(vec!["Hi", "", " there", "\\n", "世界", "\\ud83d", "{}", "\\\"", "stop"]);
+        let delta = prop::sample::select(vec![
+            r#"{"content":"@"}"#,
+            r#"{"role":"assistant","content":"@"}"#,
+            r#"{"content":null,"reasoning_content":"@"}"#,
+            r#"{"reasoning":"@"}"#,
+            r#"{"reasoning":"Hi","reasoning_content":"@"}"#,
+            r#"{"content":"@","content":"@"}"#,
+            r#"{"content":[{"type":"text","text":"@"}]}"#,
+            r#"{"tool_calls":[{"index":0,"function":{"name":"@"}}]}"#,
+            r#"{"tool_calls":[{"index":0,"function":{"arguments":"@"}}]}"#,
+            "{}",
+        ]);
+        let id = prop::sample::select(vec!["a", "b2", "", "\\u0041"]);
+        let created = prop::sample::select(vec!["1", "1760000000", "0", "01", "1e3", "99999999999999999999"]);
+        let tail = prop::sample::select(vec!["", "pad", "@"]);
+        let wrong = prop::option::weighted(0.2, (any::<prop::sample::Index>(), any::<u8>()));
+        (text, delta, id, created, tail, wrong).prop_map(|(text, delta, id, created, tail, wrong)| {
+            let mut chunk = like_openai(id, created, &delta.replace('@', text), tail).into_bytes();
+            if let Some((at, byte)) = wrong {
+                let at = at.index(chunk.len());
+                chunk[at] = byte;
+            }
+            chunk
+        })
+    }
+
     proptest! {
         #[test]
         fn any_text_is_counted_as_it_was_before_escaping_and_the_model_is_found(content in any::<String>(), model in any::<String>(), ascii in any::<bool>()) {
@@ -645,6 +789,18 @@ mod tests {
             prop_assert_eq!(total, tokens_of(&content));
             let found: String = serde_json::from_str(&json[chunk.model.expect("a model")]).expect("a string");
             prop_assert_eq!(found, model);
+        }
+
+        #[test]
+        fn a_chunk_is_read_the_same_behind_any_other_chunks(chunks in prop::collection::vec(chunk_like(), 1..12)) {
+            let mut reader = Reader::new();
+            for data in &chunks {
+                let (mut seen, mut fresh) = (Meter::new(Vocabulary::O200k), Meter::new(Vocabulary::O200k));
+                let chunk = reader.read(data, &mut seen);
+                prop_assert_eq!(&chunk, &Reader::new().read(data, &mut fresh), "{}", String::from_utf8_lossy(data));
+                prop_assert_eq!(seen.total(), fresh.total());
+                prop_assert_eq!(seen.tool_calls(), fresh.tool_calls());
+            }
         }
 
         #[test]

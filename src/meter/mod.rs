@@ -8,6 +8,7 @@ mod encoder;
 mod image;
 pub mod prompt;
 mod running;
+mod shape;
 mod vocabulary;
 
 use smallvec::SmallVec;

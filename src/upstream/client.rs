@@ -27,6 +27,7 @@ use smallvec::SmallVec;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::translate::Translated;
+use super::wakes::Wakes;
 
 /// Idle connections kept to one origin; more than a node's usual concurrency there is waste.
 const IDLE_PER_ORIGIN_MAX: usize = 512;
@@ -211,6 +212,8 @@ struct Http1 {
     connection: http1::Connection<Io, Box<Pieces>>,
     sender: http1::SendRequest<Box<Pieces>>,
     read: Arc<AtomicBool>,
+    /// What it is polled with, by whoever has it.
+    wakes: Wakes,
 }
 
 /// An HTTP/2 connection, and one count for each of its streams.
@@ -351,7 +354,7 @@ impl Client {
             .handshake(io)
             .await
             .map_err(|_| Broken::Connect)?;
-        Ok(Connected::Http1(Box::new(Http1 { connection, sender, read })))
+        Ok(Connected::Http1(Box::new(Http1 { connection, sender, read, wakes: Wakes::new() })))
     }
 
     async fn send_http1(
@@ -364,18 +367,22 @@ impl Client {
         let path = request.uri().path_and_query().cloned();
         *request.uri_mut() = path.map_or_else(Uri::default, Uri::from);
         line.read.store(false, Ordering::Relaxed);
-        let mut answer = pin!(line.sender.send_request(request));
+        let Http1 { connection, sender, wakes, .. } = &mut *line;
+        let mut answer = pin!(sender.send_request(request));
         let mut ended = false;
+        wakes.renew();
         let head = poll_fn(|cx| {
-            // The connection does the work; whether it ended matters only if no answer came of it.
-            if !ended && Pin::new(&mut line.connection).poll(cx).is_ready() {
-                ended = true;
-            }
-            match answer.as_mut().poll(cx) {
-                Poll::Pending if ended => Poll::Ready(None),
-                Poll::Pending => Poll::Pending,
-                Poll::Ready(head) => Poll::Ready(Some(head)),
-            }
+            wakes.poll(cx, |cx| {
+                // The connection does the work; whether it ended matters only if no answer came of it.
+                if !ended && Pin::new(&mut *connection).poll(cx).is_ready() {
+                    ended = true;
+                }
+                match answer.as_mut().poll(cx) {
+                    Poll::Pending if ended => Poll::Ready(None),
+                    Poll::Pending => Poll::Pending,
+                    Poll::Ready(head) => Poll::Ready(Some(head)),
+                }
+            })
         });
         // With a byte of answer the request may have been served: it is not to be repeated here.
         let head = head.await.and_then(Result::ok);
@@ -490,28 +497,30 @@ impl Source {
 
 impl Http1Body {
     fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
-        loop {
-            if let Poll::Ready(data) = poll_data(&mut self.body, cx) {
-                if data.is_none() {
-                    self.give_back();
-                }
-                return Poll::Ready(data.map(|data| data.map(moved)));
+        let Http1Body { line, body, .. } = self;
+        let Some(Http1 { connection, wakes, .. }) = line.as_deref_mut() else {
+            return body_left(body, cx);
+        };
+        let mut ended = false;
+        let polled = wakes.poll(cx, |cx| {
+            if let Poll::Ready(data) = poll_data(body, cx) {
+                return Poll::Ready(data);
             }
             // Asking the body has told the connection that there is room for a chunk; now it may read one.
-            let Some(line) = &mut self.line else { return Poll::Ready(Some(Err(Broken::Cut))) };
-            if Pin::new(&mut line.connection).poll(cx).is_ready() {
-                self.line = None;
-                continue; // what was read before the end is still in the body
+            if Pin::new(&mut *connection).poll(cx).is_ready() {
+                ended = true;
+                return body_left(body, cx);
             }
-            return match poll_data(&mut self.body, cx) {
-                Poll::Pending => Poll::Pending,
-                Poll::Ready(None) => {
-                    self.give_back();
-                    Poll::Ready(None)
-                }
-                Poll::Ready(Some(data)) => Poll::Ready(Some(data.map(moved))),
-            };
+            poll_data(body, cx)
+        });
+        if ended {
+            self.line = None;
         }
+        let Poll::Ready(data) = polled else { return Poll::Pending };
+        if data.is_none() {
+            self.give_back();
+        }
+        Poll::Ready(data.map(|data| data.map(moved)))
     }
 
     fn give_back(&mut self) {
@@ -568,6 +577,14 @@ impl AsyncWrite for Watched {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+/// What was read before a connection ended is still in its body.
+fn body_left(body: &mut Incoming, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+    match poll_data(body, cx) {
+        Poll::Pending => Poll::Ready(Some(Err(Broken::Cut))),
+        left => left,
     }
 }
 

@@ -10,6 +10,7 @@ mod frames;
 pub mod openai;
 pub mod qianwen;
 pub mod translate;
+mod wakes;
 mod whole;
 
 use std::future::poll_fn;

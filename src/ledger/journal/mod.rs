@@ -417,6 +417,7 @@ impl Journal {
     #[cfg(test)]
     pub fn abandon(&self) {
         self.stopped.store(true, Ordering::Release);
+        self.wake_sync.notify_all();
         rustix::fs::flock(&self._lock, rustix::fs::FlockOperation::Unlock).expect("it is locked");
     }
 
@@ -474,8 +475,10 @@ impl Journal {
 
     /// Wakes the syncing thread when it sleeps.
     fn written(&self, writer: MutexGuard<'_, Writer>) {
+        // Within the lock, under which the thread looks before it sleeps: no wake-up is missed.
+        let was_clean = !self.dirty.swap(true, Ordering::Release);
         drop(writer);
-        if !self.dirty.swap(true, Ordering::Release) {
+        if was_clean {
             self.wake_sync.notify_one();
         }
     }
@@ -483,13 +486,9 @@ impl Journal {
     fn keep_until_stopped(&self) {
         let mut tidied = Instant::now();
         while !self.stopped.load(Ordering::Acquire) {
-            let writer = self.lock();
-            if !self.dirty.load(Ordering::Acquire) && !self.stopped.load(Ordering::Acquire) {
-                // The flag is set outside the lock, so a wake-up may be missed; the timeout bounds the delay.
-                drop(self.wake_sync.wait_timeout(writer, SYNC_EVERY).expect("no holder of this lock panics"));
-            } else {
-                drop(writer);
-            }
+            let is_idle = |_: &mut Writer| !self.dirty.load(Ordering::Acquire) && !self.stopped.load(Ordering::Acquire);
+            let waited = self.wake_sync.wait_timeout_while(self.lock(), TIDY_EVERY, is_idle);
+            drop(waited.expect("no holder of this lock panics"));
             if self.dirty.load(Ordering::Acquire) {
                 std::thread::sleep(SYNC_EVERY); // gathers what else comes
                 self.sync();

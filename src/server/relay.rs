@@ -152,6 +152,9 @@ impl Relay {
             if !self.out.is_empty() && !matches!(self.phase, Phase::Streaming(..) | Phase::Preparing(..)) {
                 return Poll::Ready(());
             }
+            if let Some(polled) = self.stream(cx) {
+                return polled;
+            }
             match std::mem::replace(&mut self.phase, Phase::Over) {
                 Phase::Opening(mut opening) => match opening.as_mut().poll(cx) {
                     Poll::Ready(opened) => self.opened(opened),
@@ -160,35 +163,7 @@ impl Relay {
                         return self.keep_alive(cx, true);
                     }
                 },
-                Phase::Streaming(mut frames, line) => match self.next_frame(&mut frames, &line) {
-                    Some(frame) => self.take(cx, frames, line, frame),
-                    None => {
-                        self.flush_span(&frames);
-                        frames.let_go();
-                        if !self.out.is_empty() {
-                            self.phase = Phase::Streaming(frames, line);
-                            return Poll::Ready(());
-                        }
-                        let polled = frames.poll_chunk(cx);
-                        let at_boundary = frames.at_boundary();
-                        match polled {
-                            Poll::Ready(Some(Ok(()))) => {
-                                self.last_chunk = Instant::now();
-                                if self.last_chunk - self.begun < self.terms.total_max {
-                                    self.phase = Phase::Streaming(frames, line);
-                                } else {
-                                    self.broken(frames, line, &TOO_LONG);
-                                }
-                            }
-                            Poll::Ready(Some(Err(_))) => self.broken(frames, line, &BROKEN_OFF),
-                            Poll::Ready(None) => self.upstream_ended(frames, line),
-                            Poll::Pending => {
-                                self.phase = Phase::Streaming(frames, line);
-                                return self.keep_alive(cx, at_boundary);
-                            }
-                        }
-                    }
-                },
+                streaming @ Phase::Streaming(..) => self.phase = streaming, // `stream` goes on with it
                 Phase::Asking(frames, mut asking, line, frame) => match asking.as_mut().poll(cx) {
                     Poll::Pending => {
                         let at_boundary = !frames.is_passing();
@@ -238,9 +213,61 @@ impl Relay {
         }
     }
 
-    fn next_frame(&self, frames: &mut Frames, line: &OpenLine) -> Option<Frame> {
-        frames.watch(line.covered());
-        frames.next_frame()
+    /// Goes from frame to frame while the answer streams, and leaves the phase where it is for those that are handed on as
+    /// they are, nearly all of them. `None`: another phase goes on.
+    fn stream(&mut self, cx: &mut Context<'_>) -> Option<Poll<()>> {
+        loop {
+            let Phase::Streaming(frames, line) = &mut self.phase else { return None };
+            let covered = line.covered();
+            frames.watch(covered);
+            if let Some(frame) = frames.next_frame() {
+                let is_marked = frame.finish || frame.done || frame.failed || (frame.content && !self.content);
+                if !is_marked && frames.output_at_most() <= covered {
+                    put(frame.place, frames, &mut self.span, &mut self.out);
+                    continue;
+                }
+                let (frames, line) = self.take_streaming()?;
+                self.take(cx, frames, line, frame);
+                continue;
+            }
+            flush(frames, &mut self.span, &mut self.out);
+            frames.let_go();
+            if !self.out.is_empty() {
+                return Some(Poll::Ready(()));
+            }
+            match frames.poll_chunk(cx) {
+                Poll::Ready(Some(Ok(()))) => {
+                    self.last_chunk = Instant::now();
+                    if self.last_chunk - self.begun >= self.terms.total_max {
+                        let (frames, line) = self.take_streaming()?;
+                        self.broken(frames, line, &TOO_LONG);
+                    }
+                }
+                Poll::Ready(Some(Err(_))) => {
+                    let (frames, line) = self.take_streaming()?;
+                    self.broken(frames, line, &BROKEN_OFF);
+                }
+                Poll::Ready(None) => {
+                    let (frames, line) = self.take_streaming()?;
+                    self.upstream_ended(frames, line);
+                }
+                Poll::Pending => {
+                    let at_boundary = frames.at_boundary();
+                    return Some(self.keep_alive(cx, at_boundary));
+                }
+            }
+        }
+    }
+
+    /// Takes the answer out of its phase, for a step that decides what the next one is.
+    fn take_streaming(&mut self) -> Option<(Box<Frames>, OpenLine)> {
+        match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Streaming(frames, line) => Some((frames, line)),
+            other => {
+                self.phase = other;
+                None
+            }
+        }
     }
 
     /// Hands a frame on if its tokens are paid for, and if what a crash would charge is written down.
@@ -302,20 +329,7 @@ impl Relay {
             line.handed_over(output, frames.is_estimated());
         }
         self.content |= frame.content;
-        match frame.place {
-            Place::Span(span) => match &mut self.span {
-                Some(open) if open.end == span.start => open.end = span.end,
-                _ => {
-                    self.flush_span(&frames);
-                    self.span = Some(span);
-                }
-            },
-            Place::Pieces(pieces) => {
-                self.flush_span(&frames);
-                self.out.extend(pieces);
-            }
-            Place::Removed => {}
-        }
+        put(frame.place, &frames, &mut self.span, &mut self.out);
         if frame.done {
             self.flush_span(&frames);
             // A stream with CRLF whose last LF is still to come: nobody waits for it, so it is added.
@@ -336,9 +350,7 @@ impl Relay {
     }
 
     fn flush_span(&mut self, frames: &Frames) {
-        if let Some(span) = self.span.take() {
-            self.out.push_back(frames.slice(span));
-        }
+        flush(frames, &mut self.span, &mut self.out);
     }
 
     /// The upstream's body ended: well, if the answer is whole.
@@ -537,6 +549,31 @@ impl Relay {
             }
             other => self.phase = other,
         }
+    }
+}
+
+/// Puts a frame's bytes behind what is to go out.
+fn put(place: Place, frames: &Frames, open: &mut Option<Range<usize>>, out: &mut VecDeque<Bytes>) {
+    match place {
+        Place::Span(span) => match open {
+            Some(open) if open.end == span.start => open.end = span.end,
+            _ => {
+                flush(frames, open, out);
+                *open = Some(span);
+            }
+        },
+        Place::Pieces(pieces) => {
+            flush(frames, open, out);
+            out.extend(pieces);
+        }
+        Place::Removed => {}
+    }
+}
+
+/// Ends the span that grows.
+fn flush(frames: &Frames, open: &mut Option<Range<usize>>, out: &mut VecDeque<Bytes>) {
+    if let Some(span) = open.take() {
+        out.push_back(frames.slice(span));
     }
 }
 

@@ -149,11 +149,12 @@ impl Relay {
     /// Does what can be done; `Ready` when there is something in `out` or the body is over.
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            if !self.out.is_empty() && !matches!(self.phase, Phase::Streaming(..) | Phase::Preparing(..)) {
-                return Poll::Ready(());
-            }
             if let Some(polled) = self.stream(cx) {
                 return polled;
+            }
+            // What a stream that ended has left to say comes before what its end does.
+            if !self.out.is_empty() && !matches!(self.phase, Phase::Preparing(..)) {
+                return Poll::Ready(());
             }
             match std::mem::replace(&mut self.phase, Phase::Over) {
                 Phase::Opening(mut opening) => match opening.as_mut().poll(cx) {

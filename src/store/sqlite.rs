@@ -147,8 +147,17 @@ impl Tx for Transaction<'_> {
     async fn insert_lines(&self, boot: BootId, lines: &[Line]) -> Result<Vec<u64>, StoreError> {
         let mut insert = self.prepare_cached(LINE_INSERT)?;
         let mut inserted = Vec::with_capacity(lines.len());
+        let mut bound = None;
         for line in lines {
-            if insert.execute(params_from_iter(fields(boot, line)))? > 0 {
+            let values = fields(boot, line);
+            // Most of what a line says the one before it said as well, and what was bound for that one still is.
+            for (index, value) in values.iter().enumerate() {
+                if bound.as_ref().is_none_or(|bound: &[Value; _]| bound[index] != *value) {
+                    insert.raw_bind_parameter(index + 1, value)?;
+                }
+            }
+            bound = Some(values);
+            if insert.raw_execute()? > 0 {
                 inserted.push(line.sequence);
             }
         }

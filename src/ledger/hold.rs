@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use super::Ledger;
 use super::boot::Boot;
 use super::habit::Habit;
 use super::journal::{Mark, Place};
@@ -13,24 +14,23 @@ use super::lease::{CallCount, Purse, Taken, Waiting};
 use super::money::Dearest;
 use super::prompt::PromptText;
 use super::quota::{self, Quota, Reached, WaitingHold};
-use super::{Ledger, Tokens, cost_nano};
 use crate::catalog::Model;
 use crate::config::{Endpoint, LowBalance};
 use crate::error::Error;
 use crate::meter::Usage;
 use crate::request::{Form, Head};
 use crate::store::{Billed, EndReason, Line, now_ms};
-use crate::telemetry::{self, Metrics};
+use crate::telemetry::Metrics;
 use crate::users::Key;
+
+mod settle;
+
+use settle::Settling;
 
 /// Output tokens that a stream takes at a time once its first hold is used up.
 pub const SLICE_TOKENS: u64 = 256;
 /// A clamped call starts only if it can say at least this much.
 const OUTPUT_CLAMPED_MIN: u64 = 16;
-/// Usage is believed up to this far from the count: within half and double, give or take these tokens.
-const SANE_SLACK_TOKENS: u64 = 64;
-/// OpenAI frames a tool call with about 18 tokens that no text shows.
-const TOOL_CALL_SLACK_TOKENS: u64 = 24;
 /// A stream that waits for money of its user's other calls looks this often, should nobody tell it.
 const FREED_LOOK: Duration = Duration::from_secs(1);
 /// Ids that a client sends are kept up to this length, so that a record stays within its bound.
@@ -454,22 +454,11 @@ impl Drop for OpenLine {
         };
         let boot = self.boot.clone();
         let counts = inner.content && !inner.unmeasured && inner.prompt.counted.is_none() && inner.prompt.is_long();
-        let settling = Settling(Some((inner, boot, ended)));
+        let settling = Settling::new(inner, boot, ended);
         match tokio::runtime::Handle::try_current() {
             // A hand-over: a worker must not count a long prompt in a drop.
             Ok(runtime) if counts => drop(runtime.spawn_blocking(move || drop(settling))),
             _ => drop(settling),
-        }
-    }
-}
-
-/// A call that settles when this is dropped: also when the runtime ends and drops the task that it was handed to.
-struct Settling(Option<(Box<Inner>, Arc<Boot>, Ended)>);
-
-impl Drop for Settling {
-    fn drop(&mut self) {
-        if let Some((inner, boot, ended)) = self.0.take() {
-            inner.settle(&boot, ended);
         }
     }
 }
@@ -491,111 +480,6 @@ impl Inner {
 
     fn slices_nano(&self, slices: u64) -> i64 {
         self.dearest.output_nano(slices.saturating_mul(SLICE_TOKENS))
-    }
-
-    fn settle(mut self: Box<Self>, boot: &Boot, ended: Ended) {
-        self.fill_tokens(&ended);
-        let Inner { purse, line, model, held, quota, called, begun, upstream_bills, prompt, output_max, .. } =
-            &mut *self;
-        line.hold_nano = *held;
-        line.status = ended.status;
-        line.end_reason = ended.reason;
-        line.duration_ms = elapsed_ms(*begun);
-        let tokens = Tokens::of_line(line);
-        line.tier = model.price.rates_for(tokens.input).0 as u32;
-        let cost = match line.billed {
-            Billed::Nothing => 0,
-            Billed::Hold => *held,
-            _ => cost_nano(&model.price, tokens, line.ratio_micro),
-        };
-        let held_before = *held;
-        let allowed = held_before + quota.extend(cost - held_before);
-        (line.charged_nano, *held) = purse.charge(held_before, cost.min(allowed));
-        line.absorbed_nano = cost - line.charged_nano;
-        let believed =
-            upstream_bills.filter(|usage| usage.input <= prompt.usage_bound() && usage.output <= *output_max);
-        if let Some(usage) = believed {
-            let billed = Tokens { units: line.units, ..usage.into() };
-            let billed = cost_nano(&model.price, billed, line.ratio_micro);
-            line.absorbed_nano = line.absorbed_nano.max(billed - line.charged_nano);
-            note_usage(line, usage);
-        }
-        if line.billed == Billed::Nothing && *called && ended.may_be_billed {
-            // A call that was cancelled, or waited for in vain; the hold is the most that it can come to.
-            line.absorbed_nano = held_before;
-            line.estimated = true;
-        }
-        if matches!(ended.reason, EndReason::Complete) && ended.content {
-            self.habit.note(self.line.output);
-        }
-        let Inner { line, place, _count, purse, held, quota, .. } = *self;
-        let charged = line.charged_nano;
-        let ordinal = boot.journal.end(place, line);
-        quota.charge(charged, boot.id, ordinal);
-        purse.release(held, charged);
-        boot.leave();
-    }
-
-    /// Decides what is billed: the upstream's usage when it is there and sane, the count otherwise, nothing without content.
-    fn fill_tokens(&mut self, ended: &Ended) {
-        let line = &mut self.line;
-        line.estimated = ended.estimated;
-        line.flagged = ended.usage_invalid;
-        line.counted_output = Some(ended.output);
-        if let Some(usage) = ended.usage {
-            note_usage(line, usage);
-            if usage.reasoning > 0 && usage.output > ended.output.saturating_add(SANE_SLACK_TOKENS) {
-                self.habit.bills_unseen.store(true, Ordering::Relaxed);
-            }
-        }
-        if !ended.content {
-            return; // no content, no charge
-        }
-        let echoed = self.prompt.bound.saturating_mul(self.echoes);
-        match ended
-            .usage
-            .filter(|usage| is_sane(usage, &self.prompt, ended, self.output_max, echoed, self.unseen_answers))
-        {
-            Some(usage) => {
-                line.billed = Billed::Usage;
-                (line.input, line.cached_input, line.output) = (usage.input, usage.cached_input, usage.output);
-            }
-            // Nothing here tells its tokens: none where the price is per call, else the most that was held for.
-            None if ended.unmeasured => {
-                let is_known = !self.model.price.is_by_tokens();
-                line.flagged |= !is_known;
-                line.estimated |= !is_known;
-                line.counted_output = None;
-                line.billed = if is_known { Billed::Count } else { Billed::Hold };
-            }
-            None => {
-                line.flagged |= ended.usage.is_some();
-                line.billed = Billed::Count;
-                self.prompt.count_here();
-                line.counted_input = Some(self.prompt.to_bill());
-                let echoed = self.prompt.to_bill().saturating_mul(self.echoes);
-                // Of the best of several only the best is seen; the others are taken to be as long.
-                let said = ended.output.saturating_sub(echoed).saturating_mul(self.unseen_answers);
-                (line.input, line.output) = (self.prompt.to_bill(), said);
-                line.estimated |= self.unseen_answers > 1;
-                line.estimated |= self.prompt.counted.is_some_and(|counted| counted.estimated);
-            }
-        }
-        if self.cross_checked && line.billed == Billed::Usage {
-            self.prompt.count_here();
-            self.compare(ended);
-        }
-        if self.prompt.counted.is_some() {
-            self.line.counted_input = Some(self.prompt.to_bill());
-        }
-    }
-
-    /// Tells how the count made here compares with the provider's usage.
-    fn compare(&self, ended: &Ended) {
-        let (Some(usage), Some(endpoint)) = (ended.usage, &self.line.endpoint) else { return };
-        let metrics = &self.metrics;
-        metrics.counted(endpoint, telemetry::Tokens::Input, self.prompt.to_bill(), usage.input);
-        metrics.counted(endpoint, telemetry::Tokens::Output, ended.output, usage.output);
     }
 }
 
@@ -637,33 +521,6 @@ async fn hold(
 /// What a call can hold now: what the limits leave of what the purse has.
 fn room(purse: &Purse, key: &Key) -> i64 {
     quota::room(key).map_or(purse.room(), |left| left.min(purse.room()))
-}
-
-fn note_usage(line: &mut Line, usage: Usage) {
-    (line.usage_input, line.usage_cached) = (Some(usage.input), Some(usage.cached_input));
-    (line.usage_output, line.usage_reasoning) = (Some(usage.output), Some(usage.reasoning));
-    (line.usage_audio_input, line.usage_image_input) = (Some(usage.audio_input), Some(usage.image_input));
-    (line.usage_audio_output, line.usage_image_output) = (Some(usage.audio_output), Some(usage.image_output));
-}
-
-/// Design.md §4 (7): prompt within its bound, output within half and double of the count, unseen reasoning excepted.
-/// `echoed` tokens at most of what was counted are the prompt's; `answers` are billed for each that was seen.
-fn is_sane(usage: &Usage, prompt: &PromptText, ended: &Ended, output_max: u64, echoed: u64, answers: u64) -> bool {
-    let counted = ended.output;
-    let slack = SANE_SLACK_TOKENS + ended.tool_calls * TOOL_CALL_SLACK_TOKENS;
-    let near = |output: u64| {
-        output.saturating_add(slack) >= counted.saturating_sub(echoed) / 2
-            && output <= counted.saturating_mul(2 * answers).saturating_add(slack)
-    };
-    let seen = usage.output.saturating_sub(usage.reasoning);
-    // A placeholder of zeros is no usage, and nobody reasons beyond what the model can say.
-    usage.input > 0
-        && (usage.output > 0 || counted == 0)
-        && usage.output <= output_max.saturating_mul(2).saturating_add(slack)
-        && usage.input <= prompt.usage_bound()
-        && usage.cached_input <= usage.input
-        && usage.reasoning <= usage.output
-        && (ended.unmeasured || near(usage.output) || near(seen))
 }
 
 fn elapsed_ms(begun: Instant) -> u64 {

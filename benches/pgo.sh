@@ -9,11 +9,11 @@ rustup component add llvm-tools
 profdata=$(rustc --print target-libdir)/../bin/llvm-profdata
 
 rm -rf "$work/seen"
-RUSTFLAGS="-Cprofile-generate=$work/seen" cargo build --locked --release --bin gpt-cat --target-dir "$work/build"
+RUSTFLAGS="${RUSTFLAGS-} -Cprofile-generate=$work/seen" cargo build --locked --release --bin gpt-cat --target-dir "$work/build"
 cp "$work/build/release/gpt-cat" "$work/instrumented"
 rm -rf "$work/seen" # of build scripts and macros
 cargo bench --locked --bench load -- cpu --rounds 1 --gateway "$work/instrumented"
 "$profdata" merge -o "$work/gpt-cat.profdata" "$work"/seen/*.profraw
-RUSTFLAGS="-Cprofile-use=$work/gpt-cat.profdata" cargo build --locked --release --bin gpt-cat --target-dir "$work/build"
+RUSTFLAGS="${RUSTFLAGS-} -Cprofile-use=$work/gpt-cat.profdata" cargo build --locked --release --bin gpt-cat --target-dir "$work/build"
 mkdir -p target/release
 cp "$work/build/release/gpt-cat" target/release/gpt-cat

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::{http1, http2};
+use hyper::http::uri::{Authority, Scheme};
 use hyper::{Request, Response, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connection as _, HttpConnector};
@@ -194,7 +195,7 @@ pub struct Client {
 }
 
 /// Scheme, host and port: what a connection can be reused for.
-type Origin = String;
+type Origin = (Option<Scheme>, Option<Authority>);
 
 struct Idle {
     line: Box<Http1>,
@@ -469,9 +470,8 @@ enum Connected {
     Http2(Shared),
 }
 
-/// The same request again, if it can be sent twice.
 fn origin(uri: &Uri) -> Origin {
-    format!("{}://{}", uri.scheme_str().unwrap_or("http"), uri.authority().map_or("", |authority| authority.as_str()))
+    (uri.scheme().cloned(), uri.authority().cloned())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
